@@ -29,7 +29,7 @@ from datetime import datetime, timezone
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import h5py
 import numpy as np
@@ -55,9 +55,7 @@ COURSE_MIRRORS = (
 DEFAULT_HOST = "http://hyperion.it.uu.se:5050/"
 
 
-# ------------------------------------------------------------------------------------------------
-# Small tools: progress as text, whole files only
-# ------------------------------------------------------------------------------------------------
+# ---- Small tools: progress as text, whole files only ---------------------------------------------
 def progress(iterable, label, total=None, unit="batches", every=10.0):
     """Yield from `iterable` and print a line of text at most every `every` seconds.
 
@@ -100,9 +98,7 @@ def first_ten(names):
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-# ------------------------------------------------------------------------------------------------
-# Data: the course's archive, demo data, a folder or any tar archive
-# ------------------------------------------------------------------------------------------------
+# ---- Data: the course's archive, demo data, a folder or any tar archive --------------------------
 def fetch_codesubset(source="course", directory="."):
     """Make a `codesubset/` folder ready and return its path.
 
@@ -124,11 +120,11 @@ def fetch_codesubset(source="course", directory="."):
     """
     target = Path(directory) / "codesubset"
     if str(source) == "demo":
-        if _origin(target) == "demo":
+        if data_origin(target) == "demo":
             return _announce(target, "ready from an earlier run")
         return make_demo_codesubset(directory)
     if str(source) == "course":
-        if _origin(target) == "course" or (_origin(target) is None and not _missing_parts(target)):
+        if data_origin(target) == "course" or (data_origin(target) is None and not _missing_parts(target)):
             return _announce(target, "ready from an earlier run")
         archive = Path(directory) / "codesubset.tar.gz"
         for attempt in (1, 2):
@@ -153,7 +149,7 @@ def fetch_codesubset(source="course", directory="."):
             raise FileNotFoundError(f"{path} is no codesubset folder: {', '.join(_missing_parts(path))} missing.")
         return _announce(path, "folder used as it is")
     origin = f"archive {path.name} sha256 {_sha256(path)}"
-    return _announce(target, "ready from an earlier run") if _origin(target) == origin \
+    return _announce(target, "ready from an earlier run") if data_origin(target) == origin \
         else _extract(path, target, origin=origin)
 
 
@@ -161,7 +157,7 @@ def _missing_parts(folder):
     return [part for part in ("train/RECORDS.txt", "test/RECORDS.txt", "train.csv") if not (folder / part).is_file()]
 
 
-def _origin(folder):
+def data_origin(folder):
     """What a complete `codesubset/` made here says it came from; None where nothing says so."""
     try:
         return json.loads((folder / "origin.json").read_text(encoding="utf-8"))["origin"]
@@ -187,10 +183,10 @@ def _move_in(part, target, origin):
     """Put the finished folder `part` in the place of `target`, whose content belonged to other data."""
     write_json(part / "origin.json", {"origin": origin})
     if target.exists():
-        if _origin(target) is None and any(target.glob("*/RECORDS.txt")):
+        if data_origin(target) is None and any(target.glob("*/RECORDS.txt")):
             raise ValueError(f"{target} holds ECGs that this notebook did not put there. Move the folder "
                              "away, give its path as ECG_DATA, or choose another ECG_WORK.")
-        print(f"{target} came from other data ({_origin(target)}): it is replaced.", flush=True)
+        print(f"{target} came from other data ({data_origin(target)}): it is replaced.", flush=True)
         old = target.with_name(f"codesubset.{os.getpid()}.old")
         os.replace(target, old)
         os.replace(part, target)
@@ -200,63 +196,65 @@ def _move_in(part, target, origin):
     return target
 
 
-def download(urls, path, timeout=(10, 60)):
+def download(urls, path, timeout=(10, 60), attempts=4):
     """Download the first of `urls` that serves a gzip archive to `path`; resume an earlier attempt.
 
-    The data go to `<path>.part`, which is renamed when its length is what the server announced. A
-    server that does not know HTTP ranges restarts the file. `timeout`: seconds to connect, to wait.
+    The data go to `<path>.part`, which is renamed when its length is what the server announced. A cut
+    connection, 429 and 5xx are tried again, `attempts` times; a server without HTTP ranges starts anew.
 
     Raises
     ------
     ConnectionError when no mirror served the file: why, for each, and how to place it by hand.
     """
     path, failures = Path(path), []
+    part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     for url in urls:
-        for attempt in range(4):  # a cut connection continues where it stopped
+        server = urlsplit(url).netloc
+        for attempt in range(attempts):
             try:
-                _download_once(url, path.with_name(path.name + ".part"), timeout)
-                os.replace(path.with_name(path.name + ".part"), path)
+                _download_once(url, server, part, timeout)
+                os.replace(part, path)
                 return path
-            except (requests.RequestException, ValueError) as error:
-                print(f"  {urlsplit(url).netloc}: {error}", flush=True)
-                failures.append(f"{urlsplit(url).netloc}: {error}")
-                if isinstance(error, ValueError) and not isinstance(error, requests.RequestException):
-                    break  # the answer itself is wrong: asking again would not help
-                time.sleep(min(2 ** attempt, 5))
+            except requests.RequestException as error:  # of the connection: continue where it stopped
+                failures.append(f"{server}: {error}")
+                if attempt + 1 < attempts:
+                    time.sleep(min(0.5 * 2 ** attempt, 5))
+            except ValueError as error:  # of the answer: asking again would not help
+                failures.append(f"{server}: {error}")
+                break
+            finally:
+                if failures:
+                    print(f"  {failures[-1]}", flush=True)
     raise ConnectionError(
-        f"No mirror served {path.name}:\n  " + "\n  ".join(dict.fromkeys(failures)) + "\nBy hand: open "
-        f"{urls[0]} in a browser, put the file at {path.resolve()} and run this cell again "
-        "(in Colab: the folder symbol on the left, then the upload symbol).")
+        f"No mirror served {path.name}:\n  " + "\n  ".join(dict.fromkeys(failures)) + f"\nBy hand: open {urls[0]} in a "
+        f"browser, put the file at {path} and run this cell again (in Colab: folder symbol on the left, then upload).")
 
 
-def _download_once(url, part, timeout):
+def _download_once(url, server, part, timeout):
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-    with requests.Session() as session:
-        session.mount("http", HTTPAdapter(max_retries=Retry(total=3, backoff_factor=0.5, redirect=5,
-                                                            status_forcelist=(429, 500, 502, 503, 504))))
-        with session.get(url, headers=headers, stream=True, timeout=timeout) as answer:
-            if answer.status_code == 416:  # nothing beyond what we have: start again
-                part.unlink()
-                raise requests.ConnectionError("the partial file did not fit, it is fetched anew")
-            if answer.status_code not in (200, 206):
-                raise ValueError(f"HTTP {answer.status_code} {answer.reason}")
-            resumed = answer.status_code == 206
-            blocks = answer.iter_content(1 << 20)
-            first = b"" if resumed else next(blocks, b"")
-            if not resumed and first[:2] != b"\x1f\x8b":
-                kind = answer.headers.get("Content-Type", "unknown type")
-                raise ValueError(f"sent no gzip archive but {kind} (a quota or sign-in page?)")
-            length = answer.headers.get("Content-Length")
-            total = int(length) + (have if resumed else 0) if length else None
-            size = f"{total / 2**20:.0f} MiB" if total else "unknown size"
-            print(f"Downloading from {urlsplit(url).netloc} ({size}"
-                  f"{f', continuing at {have / 2**20:.0f} MiB' if resumed else ''}) ...", flush=True)
-            with open(part, "ab" if resumed else "wb") as file:
-                file.write(first)
-                for block in progress(blocks, "download", total=total and total >> 20, unit="MiB"):
-                    file.write(block)
+    with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
+        if answer.status_code == 416:  # nothing beyond what we have: start again
+            part.unlink()
+            raise requests.ConnectionError("the partial file did not fit, it is fetched anew")
+        if answer.status_code == 429 or answer.status_code >= 500:
+            raise requests.ConnectionError(f"HTTP {answer.status_code} {answer.reason}")
+        if answer.status_code not in (200, 206):
+            raise ValueError(f"HTTP {answer.status_code} {answer.reason}")
+        have = have if answer.status_code == 206 else 0
+        blocks = answer.iter_content(1 << 20)
+        first = next(blocks, b"")
+        if not have and first[:2] != b"\x1f\x8b":
+            raise ValueError(f"sent no gzip archive but {answer.headers.get('Content-Type', 'something')} (a sign-in page?)")
+        length = answer.headers.get("Content-Length")
+        total = int(length) + have if length else None
+        print(f"Downloading from {server}: {f'{total / 2**20:.0f} MiB' if total else 'unknown size'}"
+              f"{f', continuing at {have / 2**20:.0f} MiB' if have else ''} ...", flush=True)
+        with open(part, "ab" if have else "wb") as file:
+            file.write(first)
+            for block in progress(blocks, "download", total=total and (total - have) >> 20, unit="MiB"):
+                file.write(block)
     if total is not None and part.stat().st_size != total:
         raise requests.ConnectionError(f"connection cut at {part.stat().st_size:,} of {total:,} bytes")
 
@@ -361,9 +359,7 @@ def _synthetic_ecg(rng, af, rate, seconds):
     return ecg + drift + mains + rng.normal(0, rng.uniform(0.01, 0.04), ecg.shape)
 
 
-# ------------------------------------------------------------------------------------------------
-# Preprocessing: WFDB records to HDF5
-# ------------------------------------------------------------------------------------------------
+# ---- Preprocessing: WFDB records to HDF5 ---------------------------------------------------------
 def read_records(records_file):
     """Record names of a RECORDS.txt, in order. Empty or repeated names: ValueError."""
     records_file = Path(records_file)
@@ -610,9 +606,7 @@ def build_h5(records_file, h5_file, workers=None):
     return h5_file
 
 
-# ------------------------------------------------------------------------------------------------
-# Labels and the split by patient
-# ------------------------------------------------------------------------------------------------
+# ---- Labels and the split by patient -------------------------------------------------------------
 def exam_ids(records):
     """Exam numbers of record names: TNMG100046 -> 100046."""
     ids = [re.fullmatch(r"(?:.*/)?TNMG(\d+)", name) for name in records]
@@ -680,9 +674,7 @@ def split_by_patient(labels, valid_fraction=0.2, seed=42):
     return np.flatnonzero(~in_valid[code]), np.flatnonzero(in_valid[code])
 
 
-# ------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 def pick_device():
     """CUDA, then Apple's MPS, then the CPU."""
     mps = getattr(torch.backends, "mps", None)
@@ -705,8 +697,8 @@ class BatchLoader:
 
     def __init__(self, traces, targets, indices, batch_size=32, shuffle=False):
         self.traces, self.batch_size, self.shuffle = traces, batch_size, shuffle
-        self.targets = torch.as_tensor(np.asarray(targets), dtype=torch.float32, device=traces.device).reshape(-1, 1)
-        self.indices = torch.as_tensor(np.asarray(indices))
+        self.targets = torch.tensor(np.asarray(targets), dtype=torch.float32, device=traces.device).reshape(-1, 1)
+        self.indices = torch.tensor(np.asarray(indices))
 
     def __len__(self):
         return math.ceil(len(self.indices) / self.batch_size)
@@ -922,7 +914,7 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
             model.load_state_dict(best)
     with whole_file(run_dir / "model.pth") as part:
         torch.save(best, part)
-    pd.DataFrame(history).to_json(run_dir / "history.json", orient="list", indent=1)
+    write_json(run_dir / "history.json", {key: [v if v == v else None for v in values] for key, values in history.items()})
     return history
 
 
@@ -977,9 +969,7 @@ def _load_checkpoint(run_dir, run, device):
     return None
 
 
-# ------------------------------------------------------------------------------------------------
-# Metrics and the decision
-# ------------------------------------------------------------------------------------------------
+# ---- Metrics and the decision --------------------------------------------------------------------
 def classification_metrics(y_true, y_prob, threshold=0.5, prevalence=None):
     """Metrics of AF probabilities.
 
@@ -1052,9 +1042,7 @@ def submission_probabilities(logits, threshold=0.0, scale=1.0):
     return np.stack([to_probability(-z), to_probability(z)], axis=1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Leaderboard (protocol: FACTS 3; scores appear the next day, one submission a day counts, five in all)
-# ------------------------------------------------------------------------------------------------
+# ---- Leaderboard (protocol: FACTS 3; scores appear the next day, one submission a day counts, five in all) 
 class LeaderboardError(RuntimeError):
     """The leaderboard refused or was not reached: `.status` (None if not reached), `.reason` (its words)."""
 
@@ -1079,6 +1067,7 @@ def register_team(team_id, password, host=DEFAULT_HOST):
     refuses or is not reached, ValueError for what the server would accept but not mean.
     """
     _check_identity(team_id, password)
+    _check_host(host)
     return _call("PUT", host, "register", team_id, password)
 
 
@@ -1105,15 +1094,16 @@ def submit(team_id, password, prediction, note, host=DEFAULT_HOST, *, n_exams=No
     ValueError before anything is sent; LeaderboardError when the server refuses or is not reached.
     """
     _check_identity(team_id, password)
-    if not note or len(note) > 20:
-        raise ValueError(f"the note must have 1 to 20 characters, not {len(note)}: {note!r}")
+    if not (note or "").strip() or len(note) > 20:
+        raise ValueError(f"the note must have 1 to 20 characters, not {note!r}")
+    _check_host(host)
     if demo and urlsplit(host).hostname not in ("localhost", "127.0.0.1", "::1"):
         raise ValueError("these are predictions of demo data: they go to a rehearsal server on this machine only")
     table = _check_prediction(prediction, n_exams, af_probability, allow_one_sided)
     now = datetime.now(timezone.utc)
     saved = {"time": now.isoformat(timespec="seconds"), "host": host, "team": team_id, "experiment": experiment,
              "note": note, "metrics": metrics or {}, "digest": hashlib.sha256(table.tobytes()).hexdigest()[:16],
-             "answer": {"status": None, "reason": "not sent yet"}, "prediction": table.tolist()}
+             "answer": {"status": None, "reason": "no answer yet"}, "prediction": table.tolist()}
     path = Path(directory) / f"{now:%Y%m%d_%H%M%S_%f}_{re.sub(r'[^A-Za-z0-9_-]', '_', experiment or note)}.json"
     write_json(path, saved)
     try:
@@ -1139,7 +1129,7 @@ def published_scores(team_id, host=DEFAULT_HOST):
     page = _call("GET", host, "leaderboard").text
     fields = {"team": "team", "note": "note", "acc": "accuracy", "f1": "f1", "auc": "auc", "ap": "ap"}
     rows = [{key: html.unescape(value) for key, value in re.findall(r"(\w+):\s*'([^']*)'", row)}
-            for row in re.findall(r"\{\s*(team:\s*'[^']*'.*?)\}", page, flags=re.S)]
+            for row in re.findall(r"\{\s*(team:\s*'[^']*'(?:,\s*\w+:\s*'[^']*')*),?\s*\}", page)]
     table = pd.DataFrame(rows, columns=list(fields)).rename(columns=fields)
     table = table[table["team"] == team_id].drop(columns="team").reset_index(drop=True)
     scores = ["accuracy", "f1", "auc", "ap"]
@@ -1152,7 +1142,8 @@ def leaderboard_password():
         return os.environ["LEADERBOARD_PASSWORD"]
     try:
         from google.colab import userdata
-        return userdata.get("LEADERBOARD_PASSWORD")
+        if secret := userdata.get("LEADERBOARD_PASSWORD"):
+            return secret
     except ImportError:
         pass
     except Exception as error:  # Colab raises its own types for a missing or forbidden secret
@@ -1165,16 +1156,21 @@ def leaderboard_password():
 
 
 def _check_identity(team_id, password):
-    if not team_id or len(team_id) > 20 or ":" in team_id:
+    if not (team_id or "").strip() or len(team_id) > 20 or ":" in team_id:
         raise ValueError(f"the team id must have 1 to 20 characters and no ':', not {team_id!r}")
     if not password:
         raise ValueError("the password is empty")
 
 
+def _check_host(host):
+    if urlsplit(host).scheme not in ("http", "https"):
+        raise ValueError(f"the host must start with http:// or https://, not {host!r}")
+
+
 def _check_prediction(prediction, n_exams, af_probability, allow_one_sided):
     try:
         table = np.asarray(prediction, dtype=np.float64)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError("the rows of the prediction differ in length or are no numbers") from error
     if table.ndim != 2 or table.shape[1] != 2 or len(table) == 0:
         raise ValueError(f"the prediction must have shape (exams, 2), not {table.shape}")
@@ -1182,6 +1178,8 @@ def _check_prediction(prediction, n_exams, af_probability, allow_one_sided):
         raise ValueError(f"the prediction has {len(table)} rows, the test set {n_exams} exams")
     if not (np.isfinite(table).all() and (table >= 0).all() and np.allclose(table.sum(axis=1), 1, atol=1e-6)):
         raise ValueError("every row must be two probabilities that sum to 1")
+    if af_probability is not None and np.size(af_probability) != len(table):
+        raise ValueError(f"the prediction has {len(table)} rows, the experiment recorded {np.size(af_probability)}")
     if af_probability is not None and not np.allclose(table[:, 1], np.ravel(af_probability), atol=1e-6):
         swapped = np.allclose(table[:, 0], np.ravel(af_probability), atol=1e-6)
         raise ValueError("the columns are swapped: the second must be AF" if swapped
@@ -1202,12 +1200,13 @@ def _call(method, host, path, team_id=None, password=None, content=None):
     """One request with time-outs and a bounded retry (connection errors and 5xx only), no redirects."""
     url = f"{host.rstrip('/')}/{path}"
     auth = (team_id.encode("utf-8"), password.encode("utf-8")) if team_id else None
-    retry = Retry(total=2, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504), allowed_methods=None,
+    retry = Retry(total=2, backoff_factor=0.5, status_forcelist=range(500, 600), allowed_methods=None,
                   raise_on_status=False, respect_retry_after_header=False)
     try:
         with requests.Session() as session:
-            session.trust_env = False  # a .netrc would replace the credentials
-            session.mount("http", HTTPAdapter(max_retries=retry))
+            session.trust_env = False  # no proxy, no .netrc of the environment
+            for scheme in ("http://", "https://"):  # as long as requests' own prefixes, or theirs win
+                session.mount(scheme, HTTPAdapter(max_retries=retry))
             answer = session.request(method, url, json=content, auth=auth, timeout=(10, 60), allow_redirects=False)
     except requests.RequestException as error:
         raise LeaderboardError(f"{url} was not reached or broke off ({type(error).__name__}). Nothing is lost: look at "
@@ -1216,9 +1215,13 @@ def _call(method, host, path, team_id=None, password=None, content=None):
         return answer
     reason = _reason(answer)
     if answer.is_redirect:
-        advice = f"The server redirects to {answer.headers.get('Location')}: give that address as LEADERBOARD_HOST."
+        address = urljoin(url, answer.headers["Location"]).removesuffix(path)
+        advice = f"The server redirects: if you know that address, set LEADERBOARD_HOST to {address}"
+    elif answer.status_code == 404:
+        advice = "No leaderboard answers there: check LEADERBOARD_HOST."
     elif answer.status_code == 401:
         advice = "Team id or password is wrong, or the team is not registered."
     else:
         advice = next((text for words, text in _ADVICE.items() if words in reason), "Try again later.")
-    raise LeaderboardError(f"{url} answered {answer.status_code}: {reason} {advice}", answer.status_code, reason)
+    message = f"{url} answered {answer.status_code}: {reason.rstrip('.')}. {advice}"
+    raise LeaderboardError(message, answer.status_code, reason)

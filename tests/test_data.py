@@ -1,0 +1,801 @@
+"""Data: the demo set, archives and folders, the download against real servers on loopback, labels, split by patient."""
+import errno
+import gzip
+import io
+import lzma
+import os
+import random
+import re
+import shutil
+import socket
+import tarfile
+import threading
+import time
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import wfdb
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_preprocessing import run_killed
+
+import ecg_helpers as helpers
+
+
+def files(folder):
+    """Content of every file below `folder`, by relative path; links by their target. Notes of our own left out."""
+    return {str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes()
+            for path in sorted(Path(folder).rglob("*"))
+            if (path.is_symlink() or path.is_file()) and path.name != "origin.json"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Demo data
+# ------------------------------------------------------------------------------------------------
+def demo_table(demo_folder, split):
+    return pd.read_csv(demo_folder / "train.csv" if split == "train" else demo_folder.parent / "test_labels.csv")
+
+
+@pytest.mark.parametrize("split, n, af", [("train", 48, 14), ("test", 16, 8)])
+def test_demo_layout(demo_folder, split, n, af):
+    """The course's files: a pair a record, a table of the same exams in another order, 30 % and 50 % AF."""
+    names = (demo_folder / split / "RECORDS.txt").read_text().split()
+    on_disk = sorted(path.name for path in (demo_folder / split).iterdir())
+    assert on_disk == sorted(["RECORDS.txt", *(name + suffix for name in names for suffix in (".hea", ".dat"))])
+    table = demo_table(demo_folder, split)
+    assert list(table) == ["id_exam", "id_patient", "age", "sex", "AF", "date_exam"]
+    ids = [int(name.removeprefix("TNMG")) for name in names]
+    assert len(ids) == n and sorted(table["id_exam"]) == sorted(ids) and list(table["id_exam"]) != ids
+    assert set(table["sex"]) == {"F", "M"} and set(table["AF"]) == {0, 1} and table["AF"].sum() == af
+
+
+def test_demo_top_level(demo_folder):
+    """The test labels lie beside codesubset/, never inside; the record that the notebook draws exists."""
+    assert demo_folder.name == "codesubset" and {"train", "test", "train.csv"} <= set(os.listdir(demo_folder))
+    assert not list(demo_folder.rglob("test_labels.csv")) and (demo_folder.parent / "test_labels.csv").is_file()
+    assert (demo_folder / "train" / "TNMG100046.hea").is_file()
+
+
+def test_demo_records_are_real_wfdb(demo_folder):
+    """wfdb reads them: eight leads in mV, several rates and lengths within the course's limits."""
+    headers = [wfdb.rdheader(str(path.with_suffix(""))) for path in demo_folder.rglob("*.hea")]
+    assert all(h.sig_name == list(helpers.LEADS) and set(h.units) == {"mV"} for h in headers)
+    assert len({h.fs for h in headers}) > 2 and len({h.sig_len for h in headers}) > 20
+    assert all(300 <= h.fs <= 600 and 7 <= h.sig_len / h.fs <= 10.3 for h in headers)
+    ecg = wfdb.rdrecord(str(demo_folder / "train" / "TNMG100046")).p_signal
+    assert np.isfinite(ecg).all() and 0.1 < np.ptp(ecg) < 10
+
+
+def test_demo_patients(demo_folder):
+    """Some patients have several exams, none is in both splits."""
+    train, test = (demo_table(demo_folder, split)["id_patient"] for split in ("train", "test"))
+    assert train.nunique() < len(train) and not set(train) & set(test)
+
+
+def test_demo_depends_on_the_seed_alone(tmp_path):
+    """Same seed, same bytes; another seed, others."""
+    made = [files(helpers.make_demo_codesubset(tmp_path / str(i), n_train=4, n_test=2, seed=seed))
+            for i, seed in enumerate((3, 3, 4))]
+    assert made[0] == made[1]
+    assert not set(made[0].values()) & {content for name, content in made[2].items() if name.endswith(".dat")}
+
+
+# ------------------------------------------------------------------------------------------------
+# fetch_codesubset: demo, folders, archives
+# ------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A codesubset/ of 3 + 2 exams without any note of ours: as if it came from the course. Read only."""
+    folder = helpers.make_demo_codesubset(tmp_path_factory.mktemp("small"), n_train=3, n_test=2, seed=7)
+    (folder / "origin.json").unlink(missing_ok=True)
+    return folder
+
+
+def pack(folder, archive, prefix="", extra=()):
+    """Write a tar archive of `folder`; `extra` members are (TarInfo or name, content) and come first."""
+    with tarfile.open(archive, "w:" + {"tar": ""}.get(archive.suffix[1:], archive.suffix[1:])) as tar:
+        for member, content in extra:
+            info = tarfile.TarInfo(member) if isinstance(member, str) else member
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        if folder:
+            tar.add(folder, prefix + "codesubset")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def archive(small, tmp_path_factory):
+    """The small codesubset as tar.gz. Read only."""
+    return pack(small, tmp_path_factory.mktemp("archive") / "codesubset.tar.gz")
+
+
+@pytest.fixture
+def small_demo(monkeypatch):
+    """fetch_codesubset("demo") makes 4 + 2 exams only."""
+    monkeypatch.setattr(helpers, "make_demo_codesubset", partial(helpers.make_demo_codesubset, n_train=4, n_test=2))
+
+
+def test_fetch_demo(tmp_path, capsys, small_demo):
+    """`demo` creates the folder, parents too, and uses it at once the second time."""
+    target = helpers.fetch_codesubset("demo", tmp_path / "a" / "b")
+    assert target == tmp_path / "a" / "b" / "codesubset"
+    inode, content = target.stat().st_ino, files(target)
+    capsys.readouterr()
+    assert helpers.fetch_codesubset("demo", tmp_path / "a" / "b") == target
+    assert target.stat().st_ino == inode and files(target) == content
+    assert "earlier" in capsys.readouterr().out
+
+
+def test_damaged_demo_is_made_again(tmp_path, small_demo):
+    """A demo folder that lost a part is no ready one."""
+    target = helpers.fetch_codesubset("demo", tmp_path)
+    content = files(target)
+    shutil.rmtree(target / "train")
+    assert files(helpers.fetch_codesubset("demo", tmp_path)).keys() == content.keys()
+
+
+def test_damaged_folder_is_extracted_again(small, archive, tmp_path):
+    """A folder of ours that lost a part is no ready one."""
+    shutil.rmtree(helpers.fetch_codesubset(archive, tmp_path) / "train")
+    assert files(helpers.fetch_codesubset(archive, tmp_path)) == files(small)
+
+
+@pytest.mark.parametrize("as_parent", [False, True])
+@pytest.mark.parametrize("as_type", [str, Path])
+def test_fetch_folder(small, tmp_path, as_parent, as_type):
+    """A folder, or its parent, is returned itself and only read."""
+    before = files(small.parent), small.stat().st_mtime_ns
+    found = helpers.fetch_codesubset(as_type(small.parent if as_parent else small), tmp_path / "work")
+    assert found == small and (files(small.parent), small.stat().st_mtime_ns) == before
+    assert not (tmp_path / "work" / "codesubset").exists()
+
+
+@pytest.mark.parametrize("missing", ["train.csv", "train/RECORDS.txt", "test/RECORDS.txt"])
+def test_folder_that_is_no_codesubset(small, tmp_path, missing):
+    """The part that is missing is named."""
+    folder = shutil.copytree(small, tmp_path / "data")
+    (folder / missing).unlink()
+    with pytest.raises((FileNotFoundError, ValueError), match=missing):
+        helpers.fetch_codesubset(folder, tmp_path)
+
+
+def test_source_that_does_not_exist(tmp_path):
+    """A wrong path is named, with what can be given instead."""
+    with pytest.raises(FileNotFoundError, match="(?s)nowhere.tar.*'demo'"):
+        helpers.fetch_codesubset("nowhere.tar", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.xz", "tar.bz2"])
+@pytest.mark.parametrize("prefix", ["", "./"])
+def test_fetch_archive(small, tmp_path, suffix, prefix):
+    """Any tar archive; its other members are left out."""
+    other = [("README", b"x"), ("codesubset2/train.csv", b"x"), (prefix + "other/codesubset/train.csv", b"x")]
+    packed = pack(small, tmp_path / f"my data.{suffix}", prefix, other)
+    target = helpers.fetch_codesubset(packed, tmp_path / "work")
+    assert target == tmp_path / "work" / "codesubset" and files(target) == files(small)
+    assert os.listdir(tmp_path / "work") == ["codesubset"]
+
+
+def test_archive_is_extracted_once(archive, tmp_path, capsys):
+    """The second call uses the folder, with what was built in it, at once."""
+    target = helpers.fetch_codesubset(archive, tmp_path)
+    (target / "train.h5").write_text("built")
+    inode = target.stat().st_ino
+    capsys.readouterr()
+    assert helpers.fetch_codesubset(archive, tmp_path) == target
+    assert target.stat().st_ino == inode and (target / "train.h5").read_text() == "built"
+    assert "earlier" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("earlier", ["archive", "demo", "only HDF5 files"])
+def test_other_data_are_replaced(small, archive, tmp_path, capsys, earlier):
+    """What this project put there for other data makes room, and a line says so."""
+    target, table = tmp_path / "codesubset", (small / "train.csv").read_bytes()
+    if earlier == "archive":
+        changed = shutil.copytree(small, tmp_path / "changed" / "codesubset")
+        (changed / "train.csv").write_bytes(table + b"\n")
+        helpers.fetch_codesubset(pack(changed, tmp_path / "codesubset.tar.gz"), tmp_path)
+        assert (target / "train.csv").read_bytes() != table
+    elif earlier == "demo":
+        helpers.make_demo_codesubset(tmp_path, n_train=2, n_test=2)
+    target.mkdir(exist_ok=True)
+    (target / "train.h5").write_text("of the other data")
+    capsys.readouterr()
+    assert files(helpers.fetch_codesubset(archive, tmp_path)) == files(small)
+    assert re.search("codesubset.*replaced", capsys.readouterr().out)
+    assert not [name for name in os.listdir(tmp_path) if re.search(r"\.(part|old)$", name)]
+
+
+@pytest.mark.parametrize("source", ["archive", "demo"])
+@pytest.mark.parametrize("content", ["train/RECORDS.txt", "my_thesis.txt"])
+def test_folder_of_others_is_refused(archive, tmp_path, small_demo, source, content):
+    """A codesubset/ that this project did not make is neither used up nor called a damaged archive."""
+    (tmp_path / "codesubset" / content).parent.mkdir(parents=True)
+    (tmp_path / "codesubset" / content).write_text("mine")
+    with pytest.raises((ValueError, FileExistsError), match="codesubset.*Move") as caught:
+        helpers.fetch_codesubset(archive if source == "archive" else "demo", tmp_path)
+    assert "damaged" not in str(caught.value)
+    assert files(tmp_path) == {f"codesubset/{content}": b"mine"}
+
+
+def raw_member(name, kind=tarfile.REGTYPE, link=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.devmajor, info.devminor = kind, link, 1, 3
+    return info
+
+
+OUTSIDE = {  # members that would land outside the folder, or are no files
+    "absolute path": lambda outside: (raw_member(f"{outside}/evil"), b"x"),
+    "dots in front": lambda outside: (raw_member("../outside/evil"), b"x"),
+    "dots behind ./": lambda outside: (raw_member("./../outside/evil"), b"x"),
+    "dots within": lambda outside: (raw_member("codesubset/../../../outside/evil"), b"x"),
+    "symlink, absolute": lambda outside: (raw_member("codesubset/train/link", tarfile.SYMTYPE, str(outside)), b""),
+    "symlink, relative": lambda outside: (raw_member("codesubset/link", tarfile.SYMTYPE, "../../../outside"), b""),
+    "hard link": lambda outside: (raw_member("codesubset/link", tarfile.LNKTYPE, f"{outside}/mine"), b""),
+    "character device": lambda outside: (raw_member("codesubset/null", tarfile.CHRTYPE), b""),
+    "block device": lambda outside: (raw_member("codesubset/disk", tarfile.BLKTYPE), b""),
+    "pipe": lambda outside: (raw_member("codesubset/pipe", tarfile.FIFOTYPE), b""),
+    "root is a symlink": lambda outside: (raw_member("codesubset", tarfile.SYMTYPE, str(outside)), b""),
+}
+
+
+@pytest.mark.parametrize("member", OUTSIDE.values(), ids=OUTSIDE)
+def test_archive_that_reaches_out(small, tmp_path, member):
+    """Refused by name, or the member is left out; nothing outside is touched, nothing half stays."""
+    outside, work = tmp_path / "outside", tmp_path / "work"
+    outside.mkdir()
+    work.mkdir()
+    (outside / "mine").write_text("mine")
+    packed = pack(small, tmp_path / "bad.tar", extra=[member(outside)])
+    try:
+        target = helpers.fetch_codesubset(packed, work)
+    except ValueError as error:
+        assert "bad.tar" in str(error) and not os.listdir(work)
+    else:
+        assert not member(outside)[0].name.startswith("codesubset") and files(target) == files(small)
+    assert files(outside) == {"mine": b"mine"} and sorted(os.listdir(tmp_path)) == ["bad.tar", "outside", "work"]
+
+
+NO_ARCHIVE = {
+    "text": lambda path, small: path.write_text("<html>Quota exceeded</html>"),
+    "empty": lambda path, small: path.write_bytes(b""),
+    "gzip of no tar": lambda path, small: path.write_bytes(gzip.compress(b"no tar" * 1000)),
+    "xz of no tar": lambda path, small: path.write_bytes(lzma.compress(b"no tar" * 1000)),
+    "zip": lambda path, small: shutil.move(shutil.make_archive(str(path), "zip", small), path),
+    "tar of other things": lambda path, small: pack(None, path, extra=[("other/file", b"x")]),
+    "without train.csv": lambda path, small: pack(None, path, extra=[("codesubset/train/RECORDS.txt", b"TNMG1"),
+                                                                     ("codesubset/test/RECORDS.txt", b"TNMG2")]),
+    "codesubset is a file": lambda path, small: pack(None, path, extra=[("codesubset", b"x")]),
+}
+
+
+@pytest.mark.parametrize("make", NO_ARCHIVE.values(), ids=NO_ARCHIVE)
+def test_no_archive_of_a_codesubset(small, tmp_path, make):
+    """A ValueError that names the file; it stays, nothing else does."""
+    make(tmp_path / "data.tar.gz", small)
+    with pytest.raises(ValueError, match="data.tar.gz"):
+        helpers.fetch_codesubset(tmp_path / "data.tar.gz", tmp_path)
+    assert os.listdir(tmp_path) == ["data.tar.gz"]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.xz"])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.7, 0.99])
+def test_truncated_archive(small, tmp_path, suffix, share):
+    """Cut anywhere: refused, nothing half stays."""
+    packed = pack(small, tmp_path / f"data.{suffix}")
+    os.truncate(packed, int(share * packed.stat().st_size))
+    with pytest.raises(ValueError, match="data.tar"):
+        helpers.fetch_codesubset(packed, tmp_path)
+    assert os.listdir(tmp_path) == [packed.name]
+
+
+@pytest.mark.parametrize("member", [-1, -2])
+@pytest.mark.parametrize("offset", [0, 100])
+def test_tar_cut_between_members(small, tmp_path, member, offset):
+    """tarfile takes a cut at or in a header for the end of the archive: the records missing then are missed."""
+    packed = tmp_path / "data.tar"
+    with tarfile.open(packed, "w") as tar:  # the records last
+        for path in sorted(small.rglob("*.*"), key=lambda path: path.suffix not in (".csv", ".txt")):
+            tar.add(path, f"codesubset/{path.relative_to(small)}")
+    with tarfile.open(packed) as tar:
+        cut = tar.getmembers()[member].offset + offset
+    os.truncate(packed, cut)
+    with pytest.raises(ValueError, match="data.tar"):
+        helpers.fetch_codesubset(packed, tmp_path)
+    assert os.listdir(tmp_path) == ["data.tar"]
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "tar.xz"])
+def test_flipped_byte_is_found(small, tmp_path, suffix):
+    """Twelve places: the archive's own checksum speaks, whether or not the unpacking fails."""
+    packed = pack(small, tmp_path / f"data.{suffix}")
+    content = packed.read_bytes()
+    for place in np.linspace(100, len(content) - 100, 12).astype(int):
+        packed.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1:])
+        with pytest.raises(ValueError, match="data.tar"):
+            helpers.fetch_codesubset(packed, tmp_path)
+            pytest.fail(f"byte {place} flipped and not noticed")
+    assert os.listdir(tmp_path) == [packed.name]
+
+
+def test_full_disk_is_not_called_a_damaged_archive(archive, tmp_path, monkeypatch):
+    """ENOSPC while extracting stays what it is, the downloaded archive stays too, and no half folder."""
+    placed = shutil.copy(archive, tmp_path / "codesubset.tar.gz")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(tarfile, "copyfileobj", full)
+    with pytest.raises(OSError, match="No space left"):
+        helpers.fetch_codesubset("course", tmp_path)
+    assert os.listdir(tmp_path) == [os.path.basename(placed)]
+
+
+@pytest.fixture
+def fetch(request, archive, tmp_path, small_demo):
+    """A call of fetch_codesubset for the source that the test asks for."""
+    return partial(helpers.fetch_codesubset, archive if request.param == "archive" else "demo", tmp_path)
+
+
+@pytest.mark.parametrize("same_number", [False, True], ids=["", "process number comes again"])
+@pytest.mark.parametrize("fetch, owner, name, at", [
+    *(("archive", tarfile, "copyfileobj", at) for at in (1, 5, 13)), ("archive", os, "replace", 1),
+    *(("demo", wfdb, "wrsamp", at) for at in (1, 3, 6)), ("demo", os, "replace", 1)], indirect=["fetch"])
+def test_killed_fetch_is_not_complete(fetch, tmp_path, monkeypatch, owner, name, at, same_number):
+    """Killed at the first, a middle or the last file, or at a rename: no codesubset/; the next run has all of it."""
+    number = run_killed(fetch, owner, name, at)
+    assert not (tmp_path / "codesubset").exists()
+    with monkeypatch.context() as patch:
+        if same_number:
+            patch.setattr(os, "getpid", lambda: number)
+        target = fetch()
+    shutil.move(target, tmp_path / "first")
+    assert files(fetch()) == files(tmp_path / "first")
+
+
+@pytest.mark.parametrize("fetch, owner, name", [("archive", tarfile, "copyfileobj"), ("demo", wfdb, "wrsamp")],
+                         indirect=["fetch"])
+def test_debris_of_killed_runs_is_removed(fetch, tmp_path, owner, name):
+    """On real data it is gigabytes: the next whole run takes it away."""
+    run_killed(fetch, owner, name, 3)
+    fetch()
+    assert set(os.listdir(tmp_path)) <= {"codesubset", "test_labels.csv"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Download from real servers on loopback
+# ------------------------------------------------------------------------------------------------
+class Mirror:
+    """A server on loopback that gives one answer a request, in turn; the last one again and again.
+
+    An answer is a function (handler, content, start): `start` is the first byte asked for, or None.
+    `ranges` lists what was asked for.
+    """
+
+    def __init__(self, content, *answers):
+        self.ranges, self.released = [], threading.Event()
+        mirror = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+                answer = answers[min(len(mirror.ranges), len(answers) - 1)]
+                mirror.ranges.append(int(asked[1]) if asked else None)
+                self.mirror, self.close_connection = mirror, True
+                try:
+                    answer(self, content, mirror.ranges[-1])
+                except ConnectionError:
+                    pass  # the client went away
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/codesubset.tar.gz?dl=1"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.released.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def reply(handler, status, body, **headers):
+    """Send a status, headers (names with _ for -) and a body; the length is the body's unless given."""
+    handler.send_response(status)
+    for name, value in {"Content_Length": len(body), **headers}.items():
+        if value is not None:
+            handler.send_header(name.replace("_", "-"), str(value))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def whole(handler, content, start):
+    """A server that knows ranges."""
+    if start is None:
+        reply(handler, 200, content)
+    elif start >= len(content):
+        reply(handler, 416, b"", Content_Range=f"bytes */{len(content)}")
+    else:
+        reply(handler, 206, content[start:], Content_Range=f"bytes {start}-{len(content) - 1}/{len(content)}")
+
+
+def without_ranges(handler, content, start):
+    reply(handler, 200, content)
+
+
+def without_length(handler, content, start):
+    reply(handler, 200, content, Content_Length=None)
+
+
+def cut_at(byte, then=None):
+    """Send up to `byte` of the whole file, then close the connection (or wait)."""
+    def answer(handler, content, start):
+        first = start or 0
+        reply(handler, 206 if start else 200, content[first:byte], Content_Length=len(content) - first)
+        if then:
+            then(handler, content, start)
+    return answer
+
+
+def stall(handler, content, start):
+    handler.wfile.flush()
+    handler.mirror.released.wait(10)
+
+
+def announces_less(handler, content, start):
+    reply(handler, 200, content[:len(content) // 2])
+
+
+def html(handler, content, start):
+    reply(handler, 200, b"<html>Quota exceeded</html>", Content_Type="text/html")
+
+
+def status(code, **headers):
+    return lambda handler, content, start: reply(handler, code, b"<html>no</html>", **headers)
+
+
+def redirect(code, to):
+    return lambda handler, content, start: reply(handler, code, b"", Location=to() if callable(to) else to)
+
+
+def damaged(handler, content, start):
+    middle = len(content) // 2
+    whole(handler, content[:middle] + bytes(64) + content[middle + 64:], start)
+
+
+@pytest.fixture(scope="module")
+def big(small, tmp_path_factory):
+    """An archive of 3 MB, so that it takes more than one block: path and content. Read only."""
+    extra = [("codesubset/noise.bin", random.Random(0).randbytes(2_800_000))]
+    path = pack(small, tmp_path_factory.mktemp("big") / "codesubset.tar.gz", extra=extra)
+    return path, path.read_bytes()
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Pauses of this process are noted and not waited for; no proxy stands between us and loopback."""
+    noted = []
+    monkeypatch.setattr(time, "sleep", noted.append)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return noted
+
+
+@contextmanager
+def mirrors(content, *answers):
+    """Two mirrors: the first gives `answers`, the second the whole file."""
+    with Mirror(content, *answers) as first, Mirror(content, whole) as second:
+        yield first, second
+
+
+def download(path, *servers, timeout=(5, 0.4)):
+    helpers.download([server.url for server in servers], path, timeout=timeout)
+    return path.read_bytes()
+
+
+def test_course_data_are_downloaded_once(big, small, tmp_path, monkeypatch, pauses):
+    """Parents are created, the archive is extracted; later calls ask no server, nor does a folder or file by hand."""
+    with mirrors(big[1], whole) as (first, second):
+        monkeypatch.setattr(helpers, "COURSE_MIRRORS", (first.url, second.url))
+        target = helpers.fetch_codesubset("course", tmp_path / "a" / "b")
+        assert target == tmp_path / "a" / "b" / "codesubset" and files(target).items() >= files(small).items()
+        assert helpers.fetch_codesubset("course", tmp_path / "a" / "b") == target
+        assert (first.ranges, second.ranges) == ([None], [])
+        shutil.copytree(small, tmp_path / "folder by hand" / "codesubset")
+        helpers.fetch_codesubset("course", tmp_path / "folder by hand")
+        (tmp_path / "file by hand").mkdir()
+        shutil.copy(big[0], tmp_path / "file by hand")
+        helpers.fetch_codesubset("course", tmp_path / "file by hand")
+        assert (first.ranges, second.ranges) == ([None], []) and not pauses
+
+
+@pytest.mark.parametrize("answers, ranges", [
+    ([cut_at(2_500_000), whole], [None, "partial"]),
+    ([cut_at(1_500_000), cut_at(2_700_000), whole], [None, "partial", "partial"]),
+    ([cut_at(2_500_000, then=stall), whole], [None, "partial"]),
+    ([cut_at(2_500_000), without_ranges], [None, "partial"]),
+    ([without_length], [None]),
+    ([redirect(302, "/moved"), whole], [None, None]),
+    ([redirect(307, "/moved"), cut_at(2_500_000), redirect(302, "/moved"), whole], [None, None, "partial", "partial"]),
+], ids=["cut", "cut twice", "stalled in the middle", "cut, server without ranges", "no length", "redirect",
+        "redirect, cut, redirect"])
+def test_download_arrives_whole(big, tmp_path, pauses, answers, ranges):
+    """Cut, stalled and redirected downloads continue where they stopped and end with the server's bytes."""
+    with mirrors(big[1], *answers) as (first, second):
+        assert download(tmp_path / "new" / "x.tar.gz", first, second) == big[1]
+        assert [start and "partial" for start in first.ranges] == ranges and not second.ranges
+        assert all(start is None or 1_000_000 < start < len(big[1]) for start in first.ranges)
+    assert os.listdir(tmp_path / "new") == ["x.tar.gz"]
+
+
+@pytest.mark.parametrize("answer", [html, status(403), status(404), status(410)], ids=["HTML", "403", "404", "410"])
+def test_second_mirror_at_once(big, tmp_path, pauses, capsys, answer):
+    """Where asking again is no use, the second mirror is asked after one request, and a line says why."""
+    with mirrors(big[1], answer) as (first, second):
+        assert download(tmp_path / "x.tar.gz", first, second) == big[1]
+        assert len(first.ranges) == 1 and len(second.ranges) == 1 and not pauses
+    assert re.search(r"127.0.0.1.*(403|404|410|text/html)", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("code", [429, 500, 502, 503, 504])
+def test_busy_server_is_asked_again(big, tmp_path, pauses, code):
+    """A passing trouble of the first mirror costs some pauses, not the mirror."""
+    with mirrors(big[1], status(code), status(code), whole) as (first, second):
+        assert download(tmp_path / "x.tar.gz", first, second) == big[1]
+        assert len(first.ranges) == 3 and not second.ranges and pauses
+
+
+@pytest.mark.parametrize("answer", [status(503), status(429, Retry_After=86400), stall, cut_at(0), cut_at(10),
+                                    redirect(302, "/again")],
+                         ids=["503", "429, wait a day", "stall", "no byte", "ten bytes", "redirects for ever"])
+def test_patience_has_an_end(big, tmp_path, pauses, answer):
+    """A mirror that never recovers is left after few requests and less than a minute of pauses."""
+    with mirrors(big[1], answer) as (first, second):
+        assert download(tmp_path / "x.tar.gz", first, second) == big[1]
+        requests_a_try = 31 if answer.__qualname__.startswith("redirect") else 1
+        assert len(first.ranges) <= 6 * requests_a_try and sum(pauses) < 60
+
+
+def test_closed_port_goes_to_the_second_mirror(big, tmp_path, pauses):
+    """Nobody listens at the first address."""
+    with socket.socket() as free, Mirror(big[1], whole) as second:
+        free.bind(("127.0.0.1", 0))
+        helpers.download([f"http://127.0.0.1:{free.getsockname()[1]}/", second.url], tmp_path / "x.tar.gz")
+    assert (tmp_path / "x.tar.gz").read_bytes() == big[1]
+
+
+@pytest.mark.parametrize("earlier", [lambda content: content, lambda content: content + b"more",
+                                     lambda content: content[:1_000_000]], ids=["whole", "longer", "partial"])
+def test_part_file_of_an_earlier_run(big, tmp_path, pauses, earlier):
+    """A .part of a killed run is continued, or begun anew where it does not fit."""
+    (tmp_path / "x.tar.gz.part").write_bytes(earlier(big[1]))
+    with mirrors(big[1], whole) as (first, second):
+        assert download(tmp_path / "x.tar.gz", first, second) == big[1]
+        assert first.ranges[0] == len(earlier(big[1])) and not second.ranges
+    assert os.listdir(tmp_path) == ["x.tar.gz"]
+
+
+def test_all_mirrors_down(big, tmp_path, monkeypatch, pauses):
+    """The message gives each mirror's reason, the address to open and the place to put the file; no data folder."""
+    with Mirror(big[1], status(404)) as first, Mirror(big[1], html) as second:
+        monkeypatch.setattr(helpers, "COURSE_MIRRORS", (first.url, second.url))
+        with pytest.raises(ConnectionError) as caught:
+            helpers.fetch_codesubset("course", tmp_path)
+    for words in ("404", "text/html", first.url, str(tmp_path / "codesubset.tar.gz"), "browser", "again"):
+        assert words in str(caught.value)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("answer", [damaged, announces_less], ids=["damaged", "wrong length"])
+def test_damaged_download_is_fetched_again(big, small, tmp_path, monkeypatch, pauses, answer):
+    """Removed and fetched again, once."""
+    with mirrors(big[1], answer, whole) as (first, second):
+        monkeypatch.setattr(helpers, "COURSE_MIRRORS", (first.url, second.url))
+        target = helpers.fetch_codesubset("course", tmp_path)
+        assert files(target).items() >= files(small).items() and first.ranges == [None, None]
+
+
+def test_damaged_download_twice_is_an_error(big, tmp_path, monkeypatch, pauses):
+    """Two damaged downloads end the attempt: the archive is named and no folder stands there."""
+    with mirrors(big[1], damaged) as (first, second):
+        monkeypatch.setattr(helpers, "COURSE_MIRRORS", (first.url, second.url))
+        with pytest.raises(ValueError, match="codesubset.tar.gz"):
+            helpers.fetch_codesubset("course", tmp_path)
+        assert first.ranges == [None, None]
+    assert not (tmp_path / "codesubset").exists()
+
+
+@pytest.mark.parametrize("name, content", [("codesubset.tar.gz", slice(1_000_000)),
+                                           ("codesubset.tar.gz.part", slice(None, 1_000_000, -1))])
+def test_damaged_file_placed_by_hand_is_fetched(big, small, tmp_path, monkeypatch, pauses, name, content):
+    """A cut archive, or a part of another file, that an earlier run or a student left heals itself."""
+    (tmp_path / name).write_bytes(big[1][content])
+    with mirrors(big[1], whole) as (first, second):
+        monkeypatch.setattr(helpers, "COURSE_MIRRORS", (first.url, second.url))
+        target = helpers.fetch_codesubset("course", tmp_path)
+    assert files(target).items() >= files(small).items()
+
+
+def test_unfinished_folder_of_others_keeps_the_download(big, tmp_path, monkeypatch, pauses):
+    """A foreign codesubset/ is no reason to remove the archive and to fetch it again."""
+    (tmp_path / "codesubset" / "train").mkdir(parents=True)
+    (tmp_path / "codesubset" / "train" / "RECORDS.txt").write_text("TNMG1\n")
+    with mirrors(big[1], whole) as (first, second):
+        monkeypatch.setattr(helpers, "COURSE_MIRRORS", (first.url, second.url))
+        with pytest.raises((ValueError, FileExistsError), match="Move"):
+            helpers.fetch_codesubset("course", tmp_path)
+        assert len(first.ranges) <= 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_download_to_a_full_disk(big, tmp_path, pauses):
+    """A real ENOSPC ends the download with that error; other mirrors are not blamed."""
+    (tmp_path / "x.tar.gz.part").symlink_to("/dev/full")
+    with mirrors(big[1], whole) as (first, second):
+        with pytest.raises(OSError, match="No space left") as caught:
+            download(tmp_path / "x.tar.gz", first, second)
+        assert caught.value.errno == errno.ENOSPC and not second.ranges
+
+
+# ------------------------------------------------------------------------------------------------
+# Labels
+# ------------------------------------------------------------------------------------------------
+ROWS = ["3,30,61,M,0", "1,10,50,F,1", "2,10,51,F,0", "4,40,70,M,1"]
+
+
+def label_files(tmp_path, rows=ROWS, head="id_exam,id_patient,age,sex,AF", records="TNMG2 TNMG4 TNMG1 TNMG3",
+                encoding="utf-8"):
+    (tmp_path / "train.csv").write_text("\n".join([head, *rows, ""]), encoding=encoding)
+    (tmp_path / "RECORDS.txt").write_text(records.replace(" ", "\n"))
+    return tmp_path / "train.csv", tmp_path / "RECORDS.txt"
+
+
+def assert_labels(table):
+    assert list(table.index) == [2, 4, 1, 3] and table.index.name == "id_exam"
+    assert list(table["AF"]) == [0, 1, 1, 0] and pd.api.types.is_integer_dtype(table["AF"])
+    assert [str(patient) for patient in table["id_patient"]] == ["10", "40", "10", "30"]
+    assert list(table["age"]) == [51, 70, 50, 61] and list(table["sex"]) == ["F", "M", "F", "M"]
+
+
+def in_af(change):
+    return [",".join([*row.split(",")[:4], change(row.split(",")[4])]) for row in ROWS]
+
+
+@pytest.mark.parametrize("how", [
+    {}, {"encoding": "utf-8-sig"}, {"head": "id_exam, id_patient, age, sex, AF"},
+    {"rows": [f" {row} " for row in ROWS]}, {"rows": ROWS[::-1]}, {"rows": [row.replace(",", ", ") for row in ROWS]},
+    {"head": "note,id_exam,id_patient,age,sex,AF", "rows": [f"x,{row}" for row in ROWS]},
+    {"rows": [row.replace(",", ".0,", 1) for row in ROWS]}, {"rows": in_af(lambda af: af + ".0")},
+    {"rows": in_af(lambda af: f'"{af}"')}, {"rows": in_af(lambda af: str(af == "1"))},
+    {"rows": in_af(lambda af: " True" if af == "1" else "false")}],
+    ids=["plain", "BOM", "blanks in the head", "blanks around rows", "other order", "blanks", "a column more",
+         "float exams", "float AF", "quoted AF", "boolean AF", "mixed booleans"])
+def test_labels_in_record_order(tmp_path, how):
+    """Row order, byte-order mark, blanks and text types do not change the table."""
+    assert_labels(helpers.load_labels(*label_files(tmp_path, **how)))
+
+
+def test_labels_with_windows_line_ends(tmp_path):
+    """Both files as a Windows editor writes them."""
+    for file in label_files(tmp_path):
+        file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    assert_labels(helpers.load_labels(tmp_path / "train.csv", tmp_path / "RECORDS.txt"))
+
+
+@pytest.mark.parametrize("extra", [["9,90,5,F,1", "8,80,5,F,0"], ["9,90,5,F,7", "x,y,5,F,"]], ids=["good", "not good"])
+def test_extra_rows_are_counted(tmp_path, capsys, extra):
+    """Rows of other exams are ignored, whatever they hold, and counted."""
+    assert_labels(helpers.load_labels(*label_files(tmp_path, rows=ROWS + extra)))
+    assert re.search(r"train.csv: 2 rows .*ignored", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("how, words", [
+    ({"rows": ROWS[:2]}, ["2 exams", "no row", "2, 4"]),
+    ({"rows": ROWS + ROWS[:1]}, ["1 exams", "more than once", "3"]),
+    ({"rows": ROWS + ["1,11,50,F,0"]}, ["more than once", "1"]),
+    ({"rows": in_af(lambda af: "2" if af == "1" else af)}, ["2 exams", "0 or 1", "1, 4"]),
+    ({"rows": in_af(lambda af: "" if af == "1" else af)}, ["2 exams", "0 or 1", "1, 4"]),
+    ({"rows": in_af(lambda af: "yes" if af == "1" else "no")}, ["4 exams", "0 or 1"]),
+    ({"rows": in_af(lambda af: "0.5")}, ["4 exams", "0 or 1"]),
+    ({"rows": [row.replace(",10,", ",,") for row in ROWS]}, ["2 exams", "id_patient", "1, 2"]),
+    ({"head": "id_exam,id_patient,age,sex,af"}, ["column AF missing", "age"]),
+    ({"head": "a,b,c,d,e"}, ["id_exam", "id_patient", "AF"]),
+    ({"rows": [row.replace(",", ";") for row in ROWS], "head": "id_exam;id_patient;age;sex;AF"}, ["id_exam"]),
+    ({"head": "", "rows": []}, ["train.csv"]),
+    ({"head": "<html>no</html>", "rows": []}, ["train.csv", "id_exam"]), ({"encoding": "utf-16"}, ["train.csv"]),
+    ({"records": "TNMG1 A0002 TNMG3"}, ["A0002"]),
+    ({"records": "TNMG1 TNMG2 TNMG1"}, ["RECORDS.txt", "TNMG1"]),
+    ({"records": ""}, ["RECORDS.txt", "no record"]),
+], ids=["missing", "duplicate", "contradiction", "AF 2", "AF empty", "AF yes", "AF 0.5", "no patient",
+        "no AF column", "no known column", "semicolons", "empty file", "HTML", "UTF-16", "odd record name",
+        "record twice", "no records"])
+def test_bad_labels(tmp_path, how, words):
+    """Each defect names the file or the exams and how many there are."""
+    with pytest.raises(ValueError) as caught:
+        helpers.load_labels(*label_files(tmp_path, **how))
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_bad_labels_name_ten_exams(tmp_path):
+    """Thirty exams without a row: ten names and the count."""
+    names = " ".join(f"TNMG{i}" for i in range(100, 130))
+    with pytest.raises(ValueError, match="30 exams have no row: 100, .*109 and 20 more"):
+        helpers.load_labels(*label_files(tmp_path, records=names))
+
+
+@pytest.mark.parametrize("missing", ["train.csv", "RECORDS.txt"])
+def test_label_files_absent(tmp_path, missing):
+    """A missing file is named."""
+    paths = label_files(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        helpers.load_labels(*paths)
+
+
+# ------------------------------------------------------------------------------------------------
+# Split by patient
+# ------------------------------------------------------------------------------------------------
+def course_like_labels(n=3000, seed=0):
+    """Exams as in the course: 30 % AF, about 1.4 exams a patient, both classes within some patients."""
+    rng = np.random.default_rng(seed)
+    patient = rng.integers(0, int(0.9 * n), n)
+    af = (rng.random(n) < np.where(patient % 10 < 3, 0.8, 0.09)).astype(int)
+    return pd.DataFrame({"id_patient": patient, "AF": af}, index=pd.Index(range(n), name="id_exam"))
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize("seed", [0, 42])
+def test_split_keeps_fraction_and_af_share(fraction, seed):
+    """On a table like the course's both sides have the same AF share, and validation has its fraction."""
+    labels = course_like_labels()
+    train, valid = helpers.split_by_patient(labels, valid_fraction=fraction, seed=seed)
+    assert not set(labels["id_patient"].iloc[train]) & set(labels["id_patient"].iloc[valid])
+    assert len(valid) / len(labels) == pytest.approx(fraction, abs=0.01)
+    af = labels["AF"].to_numpy()
+    assert af[valid].mean() == pytest.approx(af[train].mean(), abs=0.01)
+
+
+def test_split_is_deterministic():
+    """The same seed gives the same split, another seed another one; the table is left alone."""
+    labels = course_like_labels(500)
+    before = labels.copy()
+    first, again, other = (helpers.split_by_patient(labels, seed=seed)[1] for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert set(first) != set(other)
+    pd.testing.assert_frame_equal(labels, before)
+
+
+@settings(max_examples=150, deadline=None)
+@given(exams=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 1)), min_size=2, max_size=40)
+       .filter(lambda exams: len({patient for patient, _ in exams}) > 1),
+       fraction=st.floats(0.02, 0.98), seed=st.integers(0, 2**31), as_text=st.booleans())
+def test_split_of_any_table(exams, fraction, seed, as_text):
+    """Both sides have exams, no patient is on both, every exam is on one, and validation is not overfull."""
+    labels = pd.DataFrame(exams, columns=["id_patient", "AF"])
+    labels["id_patient"] = labels["id_patient"].map("P{}".format) if as_text else labels["id_patient"]
+    train, valid = helpers.split_by_patient(labels, fraction, seed)
+    assert len(train) and len(valid)
+    assert sorted([*train, *valid]) == list(range(len(labels)))
+    assert (np.diff(train) > 0).all() and (np.diff(valid) > 0).all()
+    patient = labels["id_patient"].to_numpy()
+    assert not set(patient[train]) & set(patient[valid])
+    smallest = labels["id_patient"].value_counts().min()
+    assert len(valid) <= max(smallest, fraction * len(labels) + 1)
+
+
+@pytest.mark.parametrize("labels, fraction", [
+    (pd.DataFrame({"id_patient": [5, 5, 5], "AF": [0, 1, 0]}), 0.2), (course_like_labels(50), 0),
+    (course_like_labels(50), 1), (course_like_labels(50), -0.1)],
+    ids=["one patient", "fraction 0", "fraction 1", "negative fraction"])
+def test_split_that_cannot_be(labels, fraction):
+    """One patient, or a fraction that leaves a side empty: said in words."""
+    with pytest.raises(ValueError, match="patient|valid_fraction"):
+        helpers.split_by_patient(labels, fraction)
