@@ -22,6 +22,7 @@ import shutil
 import sys
 import tarfile
 import time
+import zipfile
 import zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -40,6 +41,7 @@ import wfdb
 from requests.adapters import HTTPAdapter
 from scipy import signal as dsp
 from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 from urllib3.util import Retry
 
@@ -118,39 +120,38 @@ def fetch_codesubset(source="course", directory="."):
     ------
     FileNotFoundError, ValueError, ConnectionError: what is wrong, where, and what to do.
     """
-    target = Path(directory) / "codesubset"
-    if str(source) == "demo":
-        if data_origin(target) == "demo":
-            return _announce(target, "ready from an earlier run")
+    target, source = Path(directory) / "codesubset", Path(source).expanduser()
+    course, demo = str(source) == "course", str(source) == "demo"
+    if source.is_dir() and not (course or demo):
+        folder = source / "codesubset" if (source / "codesubset").is_dir() else source
+        if _missing_parts(folder):
+            raise FileNotFoundError(f"{folder} is no codesubset folder: {', '.join(_missing_parts(folder))} missing.")
+        return _announce(folder, "folder used as it is")
+    if not (course or demo or source.is_file()):
+        raise FileNotFoundError(f"ECG_DATA: {source} does not exist. Give 'course', 'demo', the path of a "
+                                "codesubset/ folder or of a tar archive of one.")
+    if source.is_file() and not (course or demo):
+        wanted = f"archive {source.name}, {source.stat().st_size} bytes, time {source.stat().st_mtime_ns}"
+    else:
+        wanted = str(source)
+    foreign = data_origin(target) is None and any(target.glob("*/RECORDS.txt"))
+    if not _missing_parts(target) and (data_origin(target) == wanted or (course and foreign)):
+        return _announce(target, "ready from an earlier run")
+    if foreign:
+        raise ValueError(f"{target} holds ECGs that were not put there by this function. Move the folder away, give "
+                         "its path as ECG_DATA, or choose another ECG_WORK.")
+    if demo:
         return make_demo_codesubset(directory)
-    if str(source) == "course":
-        if data_origin(target) == "course" or (data_origin(target) is None and not _missing_parts(target)):
-            return _announce(target, "ready from an earlier run")
-        archive = Path(directory) / "codesubset.tar.gz"
-        for attempt in (1, 2):
-            fresh = not archive.exists()
-            if fresh:
-                download(COURSE_MIRRORS, archive)
-            try:
-                return _extract(archive, target, origin="course")
-            except ValueError as error:
-                if fresh and attempt == 2:
-                    raise
-                print(f"{error}\nThe file is removed and downloaded again.", flush=True)
-                archive.unlink()
-        raise AssertionError("unreachable: the second attempt returns or raises")
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"ECG_DATA: {path} does not exist. Give 'course', 'demo', the path of "
-                                "a codesubset/ folder or of a tar archive of one.")
-    if path.is_dir():
-        path = path / "codesubset" if (path / "codesubset").is_dir() else path
-        if _missing_parts(path):
-            raise FileNotFoundError(f"{path} is no codesubset folder: {', '.join(_missing_parts(path))} missing.")
-        return _announce(path, "folder used as it is")
-    origin = f"archive {path.name} sha256 {_sha256(path)}"
-    return _announce(target, "ready from an earlier run") if data_origin(target) == origin \
-        else _extract(path, target, origin=origin)
+    if not course:
+        return _extract(source, target, wanted)
+    archive = Path(directory) / "codesubset.tar.gz"
+    if archive.exists():
+        try:
+            return _extract(archive, target, wanted)
+        except ValueError as error:
+            print(f"{error}\nThe file is removed and downloaded again.", flush=True)
+            archive.unlink()
+    return _extract(download(COURSE_MIRRORS, archive), target, wanted)
 
 
 def _missing_parts(folder):
@@ -171,28 +172,15 @@ def _announce(folder, how):
     return folder
 
 
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _move_in(part, target, origin):
     """Put the finished folder `part` in the place of `target`, whose content belonged to other data."""
     write_json(part / "origin.json", {"origin": origin})
+    old = target.with_name(f"codesubset.{os.getpid()}.old")
     if target.exists():
-        if data_origin(target) is None and any(target.glob("*/RECORDS.txt")):
-            raise ValueError(f"{target} holds ECGs that this notebook did not put there. Move the folder "
-                             "away, give its path as ECG_DATA, or choose another ECG_WORK.")
         print(f"{target} came from other data ({data_origin(target)}): it is replaced.", flush=True)
-        old = target.with_name(f"codesubset.{os.getpid()}.old")
         os.replace(target, old)
-        os.replace(part, target)
-        shutil.rmtree(old)
-    else:
-        os.replace(part, target)
+    os.replace(part, target)
+    shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -293,18 +281,9 @@ def _extract(archive, target, origin):
 def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
     """Write synthetic ECGs as real WFDB files in the course's layout; no network, some seconds.
 
-    Synthetic ECGs prove that the code runs. They say nothing about how good a model is.
-
-    Parameters
-    ----------
-    directory : str or Path
-        `directory/codesubset` is created (or replaced, where an earlier demo lies there).
-    n_train, n_test : int
-        Exams; 30 % AF in train, 50 % in test, several exams for some patients, no patient in both.
-
-    Returns
-    -------
-    Path of `directory/codesubset`. The test labels go to `directory/test_labels.csv`, for tests only.
+    30 % AF in train, 50 % in test, several exams for some patients, no patient in both. They prove that
+    code runs and say nothing about how good a model is. Returns the path of `directory/codesubset`; the
+    test labels go to `directory/test_labels.csv`, for tests only.
     """
     rng, directory = np.random.default_rng(seed), Path(directory)
     part = directory / f"codesubset.{os.getpid()}.part"
@@ -375,12 +354,7 @@ _SIGNAL = re.compile(r"(\S+) 16 ([\d.]+)\((-?\d+)\)/mV \d+ -?\d+ -?\d+ -?\d+ 0 (
 
 
 def read_ecg(path):
-    """Read one WFDB record.
-
-    Parameters
-    ----------
-    path : str or Path
-        The record's path without suffix (`.hea` and `.dat` are added).
+    """Read one WFDB record; `path` without suffix.
 
     Returns
     -------
@@ -401,7 +375,7 @@ def read_ecg(path):
 
 
 def _read_plain_record(path):
-    """The commonest form (one .dat, format 16, mV) without wfdb's slow header parser; else None."""
+    """The commonest form (one .dat, format 16, mV) without wfdb's slow header parser; None for any other."""
     lines = [line.strip() for line in Path(f"{path}.hea").read_text().splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     head = _HEADER.fullmatch(lines[0]) if lines else None
@@ -462,9 +436,7 @@ def mains_filter(sample_rate, powerline=60, quality=30):
 
 
 def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_SAMPLES, remove_baseline=True, powerline=60):
-    """Bring one exam to the form that all models read; equals the public reference to 1e-6 mV.
-
-    Order of steps as in github.com/antonior92/ecg-preprocessing: baseline, mains, resampling, padding.
+    """Bring one exam to the form that all models read; equals github.com/antonior92/ecg-preprocessing to 1e-6 mV.
 
     Parameters
     ----------
@@ -473,7 +445,6 @@ def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_S
     leads : sequence of str, the names of the rows of `signal`; more than the eight are dropped
     new_freq, new_len : int
         Rate (Hz) and length (samples) of the result: zero-padded or cropped, centred.
-    remove_baseline : bool
     powerline : number or None
         Mains frequency to remove (Hz); None, or one beyond half the sample rate, skips the step.
 
@@ -650,12 +621,8 @@ def load_labels(csv_file, records_file):
 def split_by_patient(labels, valid_fraction=0.2, seed=42):
     """Split exams into training and validation so that no patient is on both sides.
 
-    Patients are visited in random order and go to validation while both classes have room there, so
-    that the AF share is equal on both sides as far as the patients allow.
-
-    Returns
-    -------
-    train_idx, valid_idx : sorted int arrays, positions in `labels`
+    Patients, in random order, go to validation while both classes have room there: the AF share is
+    equal on both sides as far as the patients allow. Returns train_idx, valid_idx: positions in `labels`.
     """
     if not 0 < valid_fraction < 1:
         raise ValueError(f"valid_fraction must lie between 0 and 1, not {valid_fraction}")
@@ -729,11 +696,9 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
     ----------
     dataloader : yields (traces (batch, 4096, 8), targets (batch, 1))
     loss_function : mean loss of a batch from (logits, targets)
-    augment : callable on the traces of a batch, optional
-    scheduler : learning-rate scheduler that steps each batch, optional
-    averaged : torch.optim.swa_utils.AveragedModel that follows the weights, optional
+    augment, scheduler, averaged, max_norm : optional: a function of the traces, a scheduler that steps each
+        batch, an AveragedModel that follows the weights, a limit to the gradient's norm
     scaler, amp_dtype : GradScaler and autocast type for mixed precision, optional
-    max_norm : the gradient is clipped to this norm, optional
 
     Returns
     -------
@@ -805,16 +770,9 @@ def to_probability(logits):
 
 @torch.no_grad()
 def predict(model, traces, device, batch_size=128, amp_dtype=None, shifts=(0,)):
-    """Logits of all exams, streamed batch by batch.
+    """Logits (n,) float64 of `traces`, an h5py dataset, array or tensor (n, 4096, 8), batch by batch.
 
-    Parameters
-    ----------
-    traces : h5py dataset, ndarray or tensor (n, 4096, 8)
-    shifts : samples by which each exam is moved (circularly); the logits are averaged over them
-
-    Returns
-    -------
-    ndarray (n,), float64
+    `shifts`: samples by which each exam is moved (circularly); the logits are averaged over them.
     """
     device, logits = torch.device(device), []
     model.eval()
@@ -871,7 +829,8 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "averaged": averaged, "scaler": scaler}
     parts = {name: part for name, part in parts.items() if part is not None}
     run = _describe_run(model, optimizer, loss_function, scheduler, epochs=epochs, seed=seed, ema_decay=ema_decay,
-                        select=select, max_norm=max_norm, **(settings or {}))
+                        select=select, max_norm=max_norm, augment=_name(augment),
+                        **{f"settings.{key}": value for key, value in (settings or {}).items()})
     history = {key: [] for key in ("epoch", "lr", "train_loss", "valid_loss", "auroc", "ap", "f1", "accuracy", "seconds")}
     best = None
     state = None if overwrite else _load_checkpoint(run_dir, run, device)
@@ -926,15 +885,20 @@ def _require_finite(loss, what, epoch, rate, model):
                                  "checkpoint holds the epoch before. Lower the learning rate or clip the gradient.")
 
 
+def _name(part):
+    """A function's name or an object's type: never its address, which differs from process to process."""
+    return getattr(part, "__qualname__", type(part).__name__)
+
+
 def _describe_run(model, optimizer, loss_function, scheduler, **settings):
     """All that the result of a run depends on, as JSON text: a checkpoint continues only an equal one."""
-    rate = {k: v for k, v in optimizer.defaults.items() if isinstance(v, (int, float, tuple))}
-    schedule = {k: v for k, v in scheduler.state_dict().items() if isinstance(v, (int, float, str))} if scheduler else None
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     loss = {name: value.tolist() for name, value in loss_function.state_dict().items()} \
-        if isinstance(loss_function, torch.nn.Module) else getattr(loss_function, "__name__", str(loss_function))
+        if isinstance(loss_function, torch.nn.Module) else None
     weights = hashlib.sha256(b"".join(v.detach().cpu().numpy().tobytes() for v in model.state_dict().values()))
-    return json.dumps({"model": str(model), "start": weights.hexdigest()[:16], "loss": [str(loss_function), loss],
-                       "optimizer": [type(optimizer).__name__, rate], "scheduler": [type(scheduler).__name__, schedule],
+    return json.dumps({"model": str(model), "start": weights.hexdigest()[:16], "loss": [_name(loss_function), loss],
+                       "optimizer": [_name(optimizer), groups],
+                       "scheduler": [_name(scheduler), scheduler and scheduler.state_dict()],
                        **settings}, sort_keys=True, default=str)
 
 
@@ -953,11 +917,15 @@ def _load_checkpoint(run_dir, run, device):
         if not path.exists():
             continue
         try:
+            with zipfile.ZipFile(path) as parts:  # torch.load does not check the sums that torch.save wrote
+                if parts.testzip():
+                    raise zipfile.BadZipFile("wrong checksum")
             state = torch.load(path, map_location=device, weights_only=True)
             there = json.loads(state["run"])
             done = len(state["history"]["epoch"])
         except Exception as error:  # torch raises many types for a damaged file: all mean the same here
             print(f"{path} is damaged ({type(error).__name__}): trying the one before.", flush=True)
+            os.replace(path, path.with_suffix(".damaged"))  # or the next save would push out the good one
             continue
         here = json.loads(run)
         changed = [key for key in {**here, **there} if here.get(key) != there.get(key)]
@@ -1007,6 +975,8 @@ def classification_metrics(y_true, y_prob, threshold=0.5, prevalence=None):
 
 def class_weights(y, prevalence=None):
     """Weights of exams that make AF count `prevalence` of the whole; ones where it is None or undefined."""
+    if prevalence is not None and not 0 < prevalence < 1:
+        raise ValueError(f"the prevalence is a share between 0 and 1, not {prevalence}")
     y, share = np.ravel(y), np.mean(y)
     if prevalence is None or share in (0, 1):
         return np.ones(len(y))
@@ -1014,17 +984,15 @@ def class_weights(y, prevalence=None):
 
 
 def balanced_threshold(y_true, logits, prevalence=0.5):
-    """Logit at which deciding is best for a population with this AF share, from validation exams.
+    """Logit at which the odds of AF are even in a population with this AF share, from validation exams.
 
-    A logistic regression of the label on the logit (Platt 1999), weighted to `prevalence`, is 0.5 at
-    the returned logit. It uses every exam, so it moves less from sample to sample than the maximum of
-    the F1 curve.
+    A logistic regression of the label on the logit (Platt 1999), weighted to `prevalence`. It uses every
+    exam and so moves less from sample to sample than the maximum of the F1 curve.
 
     Returns
     -------
     threshold, scale : float; calibrated probability = sigmoid(scale * (logit - threshold))
     """
-    from sklearn.linear_model import LogisticRegression
     y, z = np.ravel(y_true), np.ravel(logits)
     platt = LogisticRegression(C=1e6).fit(z[:, None], y, sample_weight=class_weights(y, prevalence))
     scale = float(platt.coef_[0, 0])
@@ -1038,11 +1006,11 @@ def submission_probabilities(logits, threshold=0.0, scale=1.0):
 
     A monotone map: AUROC and AP stay as they are, the leaderboard's fixed decision at 0.5 becomes ours.
     """
-    z = scale * (np.ravel(logits) - threshold)
+    z = scale * (np.ravel(logits).astype(np.float64) - threshold)
     return np.stack([to_probability(-z), to_probability(z)], axis=1)
 
 
-# ---- Leaderboard (protocol: FACTS 3; scores appear the next day, one submission a day counts, five in all) 
+# ---- Leaderboard: one submission a day counts, scores appear the next day, five in all ----------
 class LeaderboardError(RuntimeError):
     """The leaderboard refused or was not reached: `.status` (None if not reached), `.reason` (its words)."""
 
@@ -1057,6 +1025,8 @@ _ADVICE = {  # words in the server's answer -> what to do
     "not the same size": "Predict every test exam once: two columns, no AF and AF.",
     "Submission closed": "The final date has passed.",
     "Maximum number": "All five submissions are used; only a submission of the same day can still be replaced.",
+    "401": "Team id or password is wrong, or the team is not registered.",
+    "404": "No leaderboard answers there: check LEADERBOARD_HOST.",
 }
 
 
@@ -1066,8 +1036,7 @@ def register_team(team_id, password, host=DEFAULT_HOST):
     Returns the `requests` response (201 new, 200 known). Raises LeaderboardError when the server
     refuses or is not reached, ValueError for what the server would accept but not mean.
     """
-    _check_identity(team_id, password)
-    _check_host(host)
+    _check_identity(team_id, password, host)
     return _call("PUT", host, "register", team_id, password)
 
 
@@ -1093,10 +1062,9 @@ def submit(team_id, password, prediction, note, host=DEFAULT_HOST, *, n_exams=No
     ------
     ValueError before anything is sent; LeaderboardError when the server refuses or is not reached.
     """
-    _check_identity(team_id, password)
+    _check_identity(team_id, password, host)
     if not (note or "").strip() or len(note) > 20:
         raise ValueError(f"the note must have 1 to 20 characters, not {note!r}")
-    _check_host(host)
     if demo and urlsplit(host).hostname not in ("localhost", "127.0.0.1", "::1"):
         raise ValueError("these are predictions of demo data: they go to a rehearsal server on this machine only")
     table = _check_prediction(prediction, n_exams, af_probability, allow_one_sided)
@@ -1155,14 +1123,11 @@ def leaderboard_password():
         raise ValueError("No password: set LEADERBOARD_PASSWORD in the environment or as a Colab secret.") from error
 
 
-def _check_identity(team_id, password):
+def _check_identity(team_id, password, host):
     if not (team_id or "").strip() or len(team_id) > 20 or ":" in team_id:
         raise ValueError(f"the team id must have 1 to 20 characters and no ':', not {team_id!r}")
     if not password:
         raise ValueError("the password is empty")
-
-
-def _check_host(host):
     if urlsplit(host).scheme not in ("http", "https"):
         raise ValueError(f"the host must start with http:// or https://, not {host!r}")
 
@@ -1214,14 +1179,8 @@ def _call(method, host, path, team_id=None, password=None, content=None):
     if answer.status_code in (200, 201):
         return answer
     reason = _reason(answer)
+    advice = next((text for words, text in _ADVICE.items() if words in f"{answer.status_code} {reason}"), "Try again later.")
     if answer.is_redirect:
         address = urljoin(url, answer.headers["Location"]).removesuffix(path)
         advice = f"The server redirects: if you know that address, set LEADERBOARD_HOST to {address}"
-    elif answer.status_code == 404:
-        advice = "No leaderboard answers there: check LEADERBOARD_HOST."
-    elif answer.status_code == 401:
-        advice = "Team id or password is wrong, or the team is not registered."
-    else:
-        advice = next((text for words, text in _ADVICE.items() if words in reason), "Try again later.")
-    message = f"{url} answered {answer.status_code}: {reason.rstrip('.')}. {advice}"
-    raise LeaderboardError(message, answer.status_code, reason)
+    raise LeaderboardError(f"{url} answered {answer.status_code}: {reason.rstrip('.')}. {advice}", answer.status_code, reason)

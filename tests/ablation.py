@@ -1,0 +1,179 @@
+"""What each idea of the final network is worth, over five patient folds of real ECGs.
+
+    python tests/ablation.py --real PATH --work FOLDER [--variants final no_normalisation ...] [--folds 0 1 2 3 4]
+
+PATH: a codesubset/ folder or an archive of one; only its training exams are used. Each variant is trained on four
+fifths of the patients and scored on the fifth; AP and F1 are weighted to 50 % AF. F1 is at the threshold that the
+*other* folds' out-of-fold logits give, so no exam takes part in its own decision. Finished trainings are kept in
+FOLDER, so the table can be completed in several sittings. Models and recipe are read from the notebook.
+"""
+import argparse
+import ast
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.model_selection import StratifiedGroupKFold
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import ecg_helpers as ecg  # noqa: E402
+
+
+def notebook_definitions():
+    """Functions and classes that the notebook defines, by name (models, augmentation)."""
+    notebook = json.loads((ROOT / "assignment_ecg_classification.ipynb").read_text(encoding="utf-8"))
+    space = {"nn": nn, "torch": torch, "ecg": ecg, "np": np, "partial": partial}
+    wanted = {"ModelBaseline", "LinearModel", "TimeConv", "as_image", "Model", "Gate", "Stage", "AFNet", "augment_gain_shift_noise"}
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or source.startswith("%%") or not any(name in source for name in wanted):
+            continue
+        tree = ast.parse("\n".join("" if line.lstrip().startswith("%") else line for line in source.splitlines()))
+        tree.body = [node for node in tree.body if getattr(node, "name", None) in wanted]
+        exec(compile(tree, "notebook", "exec"), space)
+    return space
+
+
+class RibeiroBlock(nn.Module):
+    """Residual block of Ribeiro et al. 2020: two convolutions, the second strided; max-pooled skip connection."""
+
+    def __init__(self, c_in, c_out, stride, kernel_size=17, dropout=0.2):
+        super().__init__()
+        conv = partial(nn.Conv1d, kernel_size=kernel_size, padding=kernel_size // 2, bias=False)
+        self.first = nn.Sequential(conv(c_in, c_out), nn.BatchNorm1d(c_out), nn.ReLU(), nn.Dropout(dropout))
+        self.second = conv(c_out, c_out, stride=stride)
+        self.skip = nn.Sequential(nn.MaxPool1d(stride), nn.Conv1d(c_in, c_out, 1, bias=False))
+        self.out = nn.Sequential(nn.BatchNorm1d(c_out), nn.ReLU(), nn.Dropout(dropout))
+
+    def forward(self, inputs):
+        x, y = inputs
+        x = self.second(self.first(x)) + self.skip(y)
+        return self.out(x), x
+
+
+class RibeiroNet(nn.Module):
+    """The 1D ResNet of Ribeiro et al. 2020 (Nature Communications), with half of its filters for the CPU."""
+
+    def __init__(self, filters=(32, 64, 98, 128, 160)):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv1d(8, filters[0], 17, padding=8, bias=False), nn.BatchNorm1d(filters[0]), nn.ReLU())
+        self.blocks = nn.Sequential(*[RibeiroBlock(a, b, stride=4) for a, b in zip(filters, filters[1:])])
+        self.head = nn.Linear(filters[-1] * ecg.N_SAMPLES // 4**4, 1)
+
+    def forward(self, x):
+        x = self.stem(x.transpose(1, 2))
+        return self.head(self.blocks((x, x))[0].flatten(1))
+
+
+def variants(space):
+    """name -> (model factory, settings of `train_fold`)."""
+    net, full = space["AFNet"], {"augment": space["augment_gain_shift_noise"]}
+    original = dict(recipe="original", same_time=True)
+    return {
+        "final": (net, full),
+        "no_normalisation": (partial(net, normalize=False), full),
+        "no_residual_no_gate": (partial(net, residual=False), full),
+        "no_augmentation": (net, {"augment": None}),
+        "no_weight_averaging": (net, {**full, "averaging": False}),
+        "plain_exp1": (partial(net, residual=False, normalize=False), dict(recipe="original", epochs=20, batch_size=32)),
+        "four_conv_same_time": (space["Model"], {**original, "batch_size": 16}),
+        "ribeiro_half_same_time": (RibeiroNet, {**original, "batch_size": 32}),
+    }
+
+
+def train_fold(build, data, train, valid, folder, device, *, recipe="final", augment=None, averaging=True, epochs=30,
+               batch_size=32, same_time=False, seconds=None, seed=42):
+    """Train on `train`, return the logits of `valid` and the seconds of training."""
+    torch.manual_seed(seed)
+    model = build().to(device)
+    batches, held_out = (ecg.BatchLoader(data["tracings"], data["y"], i, n, shuffle=s)
+                         for i, n, s in ((train, batch_size, True), (valid, 64, False)))
+    n_af = data["y"][train].sum()
+    loss = nn.BCEWithLogitsLoss(pos_weight=torch.tensor((len(train) - n_af) / n_af, dtype=torch.float32)).to(device)
+    if same_time:  # as many epochs as fit into the seconds of the final network
+        start, probe = time.monotonic(), build().to(device)
+        ecg.train_loop(0, batches, probe, torch.optim.Adam(probe.parameters()), loss, device)
+        epochs = max(1, round(seconds / (1.1 * (time.monotonic() - start))))  # validation takes about a tenth
+    if recipe == "original":
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
+        more = dict(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=3))
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+        more = dict(scheduler=torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * len(batches), pct_start=0.25),
+                    ema_decay=0.99 if averaging else None, max_norm=1.0, select="last", augment=augment)
+    history = ecg.fit(model, batches, held_out, optimizer=optimizer, loss_function=loss, epochs=epochs, device=device, run_dir=folder,
+                      seed=seed, amp_dtype=ecg.mixed_precision(device), **more)
+    return ecg.predict(model, data["tracings"][torch.as_tensor(valid)], device), sum(history["seconds"]), epochs
+
+
+def load(real, work):
+    """Tracings, labels and five patient folds of the training exams."""
+    folder = ecg.fetch_codesubset(real, work)
+    records = folder / "train" / "RECORDS.txt"
+    (work / "codesubset").mkdir(parents=True, exist_ok=True)
+    with h5py.File(ecg.build_h5(records, work / "codesubset" / "train.h5"), "r") as file:
+        tracings = torch.from_numpy(file["tracings"][:])
+    labels = ecg.load_labels(folder / "train.csv", records)
+    y = labels["AF"].to_numpy()
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(y, y, labels["id_patient"])
+    return {"tracings": tracings, "y": y, "folds": [(a, b) for a, b in folds]}
+
+
+def summary(name, data, results):
+    """One row: mean (lowest - highest) over folds, F1 at the threshold of the other folds."""
+    y, rows = data["y"], []
+    for k, result in results.items():
+        valid = data["folds"][k][1]
+        others = [j for j in results if j != k] or [k]
+        threshold, _ = ecg.balanced_threshold(np.concatenate([y[data["folds"][j][1]] for j in others]),
+                                              np.concatenate([results[j]["logits"] for j in others]))
+        logits = np.array(result["logits"])
+        rows.append(ecg.classification_metrics(y[valid], ecg.to_probability(logits - threshold), prevalence=0.5))
+    table = pd.DataFrame(rows)[["auroc", "ap", "f1"]]
+    cells = {key: f"{table[key].mean():.4f} ({table[key].min():.3f}-{table[key].max():.3f})" for key in table}
+    return {"variant": name, "folds": len(rows), **cells, "epochs": results[min(results)]["epochs"],
+            "s a fold": round(np.mean([r["seconds"] for r in results.values()]))}
+
+
+def main():
+    """Train what is not trained yet and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = variants(notebook_definitions())
+    parser.add_argument("--real", required=True)
+    parser.add_argument("--work", type=Path, default=Path("ablation"))
+    parser.add_argument("--variants", nargs="+", choices=list(choices), default=list(choices))
+    parser.add_argument("--folds", nargs="+", type=int, default=range(5))
+    options = parser.parse_args()
+    data, device = load(options.real, options.work), ecg.pick_device()
+    for name in options.variants:
+        build, settings = choices[name]
+        for k in options.folds:
+            file = options.work / "results" / f"{name}_{k}.json"
+            if file.exists():
+                continue
+            print(f"--- {name}, fold {k}", flush=True)
+            final = options.work / "results" / f"final_{k}.json"
+            budget = json.loads(final.read_text())["seconds"] if settings.get("same_time") else None
+            logits, seconds, epochs = train_fold(build, data, *data["folds"][k], options.work / "runs" / f"{name}_{k}", device,
+                                                 seconds=budget, **settings)
+            ecg.write_json(file, {"logits": logits.tolist(), "seconds": seconds, "epochs": epochs})
+    rows = []
+    for name in choices:
+        files = {k: options.work / "results" / f"{name}_{k}.json" for k in range(5)}
+        results = {k: json.loads(file.read_text()) for k, file in files.items() if file.exists()}
+        if results:
+            rows.append(summary(name, data, results))
+    print(f"device {device}, {torch.get_num_threads()} threads\n" + pd.DataFrame(rows).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
