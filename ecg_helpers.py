@@ -1,7 +1,6 @@
-"""Reusable parts of the AF assignment: data, preprocessing, training, metrics, plots, leaderboard.
+"""Reusable parts of the AF assignment: data, preprocessing, training, metrics, leaderboard.
 
-The notebook `assignment_ecg_classification.ipynb` tells the story and holds the models; this module
-holds what is used more than once. A file is read in the order of the data's way:
+The notebook tells the story and holds the models and figures. The order here is the data's way:
 
     fetch_codesubset -> build_h5 -> load_labels, split_by_patient -> fit (train_loop, eval_loop)
     -> predict -> classification_metrics, balanced_threshold -> submission_probabilities -> submit
@@ -51,8 +50,7 @@ N_SAMPLES = 4096   # samples an exam, after preprocessing: 10.24 s
 
 COURSE_MIRRORS = (
     "https://www.dropbox.com/s/9zkqa5y5jqakdil/codesubset.tar.gz?dl=1",
-    "https://drive.usercontent.google.com/download?id=1zg2WoSbu6-5980X9hnpxDkZTwkYDbDdH"
-    "&export=download&confirm=t",
+    "https://drive.usercontent.google.com/download?id=1zg2WoSbu6-5980X9hnpxDkZTwkYDbDdH&export=download&confirm=t",
 )
 DEFAULT_HOST = "http://hyperion.it.uu.se:5050/"
 
@@ -204,16 +202,12 @@ def download(urls, path, timeout=(10, 60), attempts=4):
                 _download_once(url, server, part, timeout)
                 os.replace(part, path)
                 return path
-            except requests.RequestException as error:  # of the connection: continue where it stopped
+            except (requests.RequestException, ValueError) as error:
                 failures.append(f"{server}: {error}")
-                if attempt + 1 < attempts:
-                    time.sleep(min(0.5 * 2 ** attempt, 5))
-            except ValueError as error:  # of the answer: asking again would not help
-                failures.append(f"{server}: {error}")
-                break
-            finally:
-                if failures:
-                    print(f"  {failures[-1]}", flush=True)
+                print(f"  {failures[-1]}", flush=True)
+                if not isinstance(error, requests.RequestException):
+                    break  # the answer itself is wrong: asking again would not help
+                time.sleep(min(0.5 * 2 ** attempt, 5))  # the connection: continue where it stopped
     raise ConnectionError(
         f"No mirror served {path.name}:\n  " + "\n  ".join(dict.fromkeys(failures)) + f"\nBy hand: open {urls[0]} in a "
         f"browser, put the file at {path} and run this cell again (in Colab: folder symbol on the left, then upload).")
@@ -234,7 +228,7 @@ def _download_once(url, server, part, timeout):
         blocks = answer.iter_content(1 << 20)
         first = next(blocks, b"")
         if not have and first[:2] != b"\x1f\x8b":
-            raise ValueError(f"sent no gzip archive but {answer.headers.get('Content-Type', 'something')} (a sign-in page?)")
+            raise ValueError(f"sent no gzip archive but {answer.headers.get('Content-Type')} (a sign-in page?)")
         length = answer.headers.get("Content-Length")
         total = int(length) + have if length else None
         print(f"Downloading from {server}: {f'{total / 2**20:.0f} MiB' if total else 'unknown size'}"
@@ -279,7 +273,7 @@ def _extract(archive, target, origin):
 
 
 def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
-    """Write synthetic ECGs as real WFDB files in the course's layout; no network, some seconds.
+    """Write synthetic ECGs as real WFDB files in the course's layout, in some seconds.
 
     30 % AF in train, 50 % in test, several exams for some patients, no patient in both. They prove that
     code runs and say nothing about how good a model is. Returns the path of `directory/codesubset`; the
@@ -300,9 +294,9 @@ def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
                             p_signal=_synthetic_ecg(rng, label, rate, seconds).T, write_dir=str(part / split),
                             adc_gain=[1000.0] * 8, baseline=[0] * 8)
             (part / split / "RECORDS.txt").write_text("".join(f"TNMG{exam}\n" for exam in ids))
-            table = pd.DataFrame({
-                "id_exam": ids, "id_patient": patients, "age": np.clip(rng.normal(55 + 15 * af, 12), 18, 99).astype(int),
-                "sex": rng.choice(["F", "M"], n, p=[0.63, 0.37]), "AF": af, "date_exam": "2014-01-01"}).sort_values("id_exam")
+            age = np.clip(rng.normal(55 + 15 * af, 12), 18, 99).astype(int)
+            table = pd.DataFrame({"id_exam": ids, "id_patient": patients, "age": age, "AF": af, "date_exam": "2014-01-01",
+                                  "sex": rng.choice(["F", "M"], n, p=[0.63, 0.37])}).sort_values("id_exam")
             with whole_file(part / "train.csv" if split == "train" else directory / "test_labels.csv") as file:
                 table.to_csv(file, index=False)
         return _announce(_move_in(part, directory / "codesubset", "demo"), "synthetic, generated")
@@ -426,7 +420,7 @@ def fill_gaps(signal):
 def baseline_filter(sample_rate, pass_edge=0.8, stop_edge=0.2, ripple=0.5, attenuation=40.0):
     """Elliptic high-pass as second-order sections (FACTS 2.1): edges in Hz, ripple, attenuation in dB."""
     order, edge = dsp.ellipord(pass_edge, stop_edge, ripple, attenuation, fs=sample_rate)
-    return dsp.iirfilter(order, edge, rp=ripple, rs=attenuation, btype="high", ftype="ellip", output="sos", fs=sample_rate)
+    return dsp.iirfilter(order, edge, ripple, attenuation, btype="high", ftype="ellip", output="sos", fs=sample_rate)
 
 
 @lru_cache(maxsize=32)
@@ -435,7 +429,8 @@ def mains_filter(sample_rate, powerline=60, quality=30):
     return dsp.iirnotch(powerline, quality, fs=sample_rate)
 
 
-def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_SAMPLES, remove_baseline=True, powerline=60):
+def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_SAMPLES, remove_baseline=True,
+                   powerline=60):
     """Bring one exam to the form that all models read; equals github.com/antonior92/ecg-preprocessing to 1e-6 mV.
 
     Parameters
@@ -480,16 +475,13 @@ def _prepare_record(path):
     try:
         signal, rate, leads = read_ecg(path)
         tracing = preprocess_ecg(signal, rate, leads).T.astype(np.float32)
-        raw, remarks = order_leads(signal, leads), []
+        raw = order_leads(signal, leads)
         finite = np.isfinite(raw)
-        if not finite.all():
-            remarks.append("NaN samples interpolated")
-        if not finite.any(axis=1).all():
-            remarks.append("a lead without finite samples set to zero")
-        if (np.ptp(np.where(finite, raw, 0.0), axis=1) == 0).any():
-            remarks.append("a flat lead kept")
-        if rate <= 120:
-            remarks.append("60 Hz filter skipped (rate too low)")
+        notes = {"NaN samples interpolated": not finite.all(),
+                 "a lead without finite samples set to zero": not finite.any(axis=1).all(),
+                 "a flat lead kept": (np.ptp(np.where(finite, raw, 0.0), axis=1) == 0).any(),
+                 "60 Hz filter skipped (rate too low)": rate <= 120}
+        remarks = [note for note, applies in notes.items() if applies]
         return tracing, remarks, None
     except ValueError as error:
         text = str(error)
@@ -578,15 +570,6 @@ def build_h5(records_file, h5_file, workers=None):
 
 
 # ---- Labels and the split by patient -------------------------------------------------------------
-def exam_ids(records):
-    """Exam numbers of record names: TNMG100046 -> 100046."""
-    ids = [re.fullmatch(r"(?:.*/)?TNMG(\d+)", name) for name in records]
-    odd = [name for name, match in zip(records, ids) if match is None]
-    if odd:
-        raise ValueError(f"record names must look like TNMG100046, but: {first_ten(odd)}")
-    return [int(match[1]) for match in ids]
-
-
 def load_labels(csv_file, records_file):
     """Read the label table in the order of the records (the CSV's own order is another one).
 
@@ -603,7 +586,10 @@ def load_labels(csv_file, records_file):
     if missing:
         raise ValueError(f"{csv_file}: column {', '.join(missing)} missing; it has {', '.join(map(str, table))}")
     table["id_exam"] = pd.to_numeric(table["id_exam"], errors="coerce")
-    ids = exam_ids(read_records(records_file))
+    ids = [re.fullmatch(r"(?:.*/)?TNMG(\d+)", name) for name in read_records(records_file)]
+    if not all(ids):
+        raise ValueError(f"{records_file}: record names must look like TNMG100046")
+    ids = [int(match[1]) for match in ids]
     mine = table[table["id_exam"].isin(ids)].astype({"id_exam": "int64"})
     if len(mine) < len(table):
         print(f"{csv_file}: {len(table) - len(mine):,} rows belong to no record and are ignored.", flush=True)
@@ -705,6 +691,7 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
     float: mean loss per exam (not the mean of batch means: the last batch is smaller)
     """
     device, n_exams = torch.device(device), 0
+    scaler = scaler or torch.amp.GradScaler(enabled=False)  # without mixed precision it passes everything on
     model.train()
     loss_sum = torch.zeros((), device=device)  # stays on the device: no synchronisation per batch
     for traces, targets in progress(dataloader, f"epoch {epoch}"):
@@ -718,17 +705,13 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
         loss = loss_function(logits.float(), targets)
         # 3. backward
         optimizer.zero_grad(set_to_none=True)
-        (scaler.scale(loss) if scaler else loss).backward()
+        scaler.scale(loss).backward()
         if max_norm:
-            if scaler:
-                scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         # 4. step
-        if scaler:
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         if scheduler is not None:
             scheduler.step()
         if averaged is not None:
@@ -802,23 +785,17 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
 
     Parameters
     ----------
-    scheduler : OneCycleLR and CyclicLR step each batch, ReduceLROnPlateau on the validation loss,
-        others each epoch
-    ema_decay : float, optional
-        Validate and keep an exponential moving average of the weights (decay a step) instead of the last.
-    select : history key whose best epoch is kept ("valid_loss", "auroc", "ap", "f1"), or "last"
-    settings : dict of JSON values, optional
-        What else the run depends on (data, batch size ...). A checkpoint of other settings is not continued.
     run_dir : folder for checkpoint.pt, history.json and model.pth (the kept weights)
+    scheduler : OneCycleLR, CyclicLR step each batch, ReduceLROnPlateau on the validation loss, others each epoch
+    ema_decay : validate and keep a moving average of the weights with this decay a step, instead of the last
+    select : history key whose best epoch is kept ("valid_loss", "auroc", "ap", "f1"), or "last"
+    settings : dict of JSON values: what else the run depends on (data, batch size). A checkpoint of other
+        settings is not continued.
 
     Returns
     -------
     history : dict of lists: epoch, lr, train_loss, valid_loss, auroc, ap, f1, accuracy, seconds.
-        `model` holds the kept weights afterwards.
-
-    Raises
-    ------
-    FloatingPointError at the end of an epoch whose loss is not finite.
+        `model` holds the kept weights afterwards. A loss that is not finite: FloatingPointError.
     """
     run_dir, device = Path(run_dir), torch.device(device)
     averaged = None
@@ -831,7 +808,8 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
     run = _describe_run(model, optimizer, loss_function, scheduler, epochs=epochs, seed=seed, ema_decay=ema_decay,
                         select=select, max_norm=max_norm, augment=_name(augment),
                         **{f"settings.{key}": value for key, value in (settings or {}).items()})
-    history = {key: [] for key in ("epoch", "lr", "train_loss", "valid_loss", "auroc", "ap", "f1", "accuracy", "seconds")}
+    watched = ("auroc", "ap", "f1", "accuracy")
+    history = {key: [] for key in ("epoch", "lr", "train_loss", "valid_loss", *watched, "seconds")}
     best = None
     state = None if overwrite else _load_checkpoint(run_dir, run, device)
     if state is not None:
@@ -850,14 +828,15 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
                                         scheduler=scheduler if each_batch else None, averaged=averaged, scaler=scaler,
                                         amp_dtype=amp_dtype, max_norm=max_norm)
                 _require_finite(train_loss, "training", epoch, rate, model)
-                valid_loss, prob, target = eval_loop(epoch, valid_loader, validated, loss_function, device, amp_dtype=amp_dtype)
+                valid_loss, prob, target = eval_loop(epoch, valid_loader, validated, loss_function, device,
+                                                     amp_dtype=amp_dtype)
                 _require_finite(valid_loss, "validation", epoch, rate, model)
                 if scheduler is not None and not each_batch:
                     plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
                     scheduler.step(*([valid_loss] if plateau else []))
                 metrics = classification_metrics(target, prob)
                 row = {"epoch": epoch, "lr": float(rate), "train_loss": train_loss, "valid_loss": valid_loss,
-                       "seconds": time.monotonic() - start, **{k: metrics[k] for k in ("auroc", "ap", "f1", "accuracy")}}
+                       "seconds": time.monotonic() - start, **{k: metrics[k] for k in watched}}
                 for key, value in row.items():
                     history[key].append(value)
                 kept = best_epoch(history, select) == epoch - 1
@@ -873,7 +852,7 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
             model.load_state_dict(best)
     with whole_file(run_dir / "model.pth") as part:
         torch.save(best, part)
-    write_json(run_dir / "history.json", {key: [v if v == v else None for v in values] for key, values in history.items()})
+    write_json(run_dir / "history.json", {key: [v if v == v else None for v in row] for key, row in history.items()})
     return history
 
 
@@ -930,7 +909,8 @@ def _load_checkpoint(run_dir, run, device):
         here = json.loads(run)
         changed = [key for key in {**here, **there} if here.get(key) != there.get(key)]
         if changed:
-            print(f"{run_dir} holds a run with other settings ({', '.join(sorted(changed))}): training starts anew.", flush=True)
+            print(f"{run_dir} holds a run with other settings ({', '.join(sorted(changed))}): training starts anew.",
+                  flush=True)
             return None
         print(f"{path}: {done} epochs are done{'' if done == here['epochs'] else ', continuing'}.", flush=True)
         return state
@@ -1042,21 +1022,17 @@ def register_team(team_id, password, host=DEFAULT_HOST):
 
 def submit(team_id, password, prediction, note, host=DEFAULT_HOST, *, n_exams=None, experiment="", metrics=None,
            af_probability=None, demo=False, allow_one_sided=False, directory="submissions"):
-    """Save a submission in `directory`, then send it.
+    """Save a submission in `directory`, then send it; returns the `requests` response (201 new, 200 replaced).
 
     Parameters
     ----------
     prediction : array (exams, 2): probability of no AF and of AF, rows in the order of RECORDS.txt
     note : str, 1-20 characters, shown beside the score
-    n_exams : int, optional. Checked before sending where it is given.
+    n_exams : the number of rows is checked where it is given
+    af_probability : array (exams,), the experiment's own record: guards against swapped columns
     experiment, metrics : kept with the saved submission
-    af_probability : array (exams,), optional. The experiment's own record: guards against swapped columns.
     demo : True for predictions of demo data, which go to servers on this machine only
     allow_one_sided : send although all predictions are on one side of 0.5
-
-    Returns
-    -------
-    The `requests` response (201 first of the day, 200 replaced).
 
     Raises
     ------
@@ -1179,8 +1155,9 @@ def _call(method, host, path, team_id=None, password=None, content=None):
     if answer.status_code in (200, 201):
         return answer
     reason = _reason(answer)
-    advice = next((text for words, text in _ADVICE.items() if words in f"{answer.status_code} {reason}"), "Try again later.")
+    said = f"{answer.status_code}: {reason.rstrip('.')}."
+    advice = next((text for words, text in _ADVICE.items() if words in said), "Try again later.")
     if answer.is_redirect:
         address = urljoin(url, answer.headers["Location"]).removesuffix(path)
         advice = f"The server redirects: if you know that address, set LEADERBOARD_HOST to {address}"
-    raise LeaderboardError(f"{url} answered {answer.status_code}: {reason.rstrip('.')}. {advice}", answer.status_code, reason)
+    raise LeaderboardError(f"{url} answered {said} {advice}", answer.status_code, reason)

@@ -3,11 +3,14 @@ import errno
 import gzip
 import io
 import lzma
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import socket
+import sys
 import tarfile
 import threading
 import time
@@ -22,7 +25,6 @@ import pytest
 import wfdb
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_preprocessing import run_killed
 
 import ecg_helpers as helpers
 
@@ -335,35 +337,45 @@ def test_full_disk_is_not_called_a_damaged_archive(archive, tmp_path, monkeypatc
     assert os.listdir(tmp_path) == [os.path.basename(placed)]
 
 
-@pytest.fixture
-def fetch(request, archive, tmp_path, small_demo):
-    """A call of fetch_codesubset for the source that the test asks for."""
-    return partial(helpers.fetch_codesubset, archive if request.param == "archive" else "demo", tmp_path)
+def forked(function, kill_at=0):
+    """Run `function` in a forked process that SIGKILLs itself before its file operation `kill_at` (0: never).
+
+    Returns the process's number and how many times it opened, made, renamed or removed a file or folder.
+    """
+    context = multiprocessing.get_context("fork")
+    count = context.Value("i", 0, lock=False)
+
+    def watch(event, _):
+        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            count.value += 1
+            if count.value == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    process = context.Process(target=lambda: (sys.addaudithook(watch), function()), daemon=True)
+    process.start()
+    process.join(30)
+    assert process.exitcode == (-signal.SIGKILL if kill_at else 0)
+    return process.pid, count.value
 
 
 @pytest.mark.parametrize("same_number", [False, True], ids=["", "process number comes again"])
-@pytest.mark.parametrize("fetch, owner, name, at", [
-    *(("archive", tarfile, "copyfileobj", at) for at in (1, 5, 13)), ("archive", os, "replace", 1),
-    *(("demo", wfdb, "wrsamp", at) for at in (1, 3, 6)), ("demo", os, "replace", 1)], indirect=["fetch"])
-def test_killed_fetch_is_not_complete(fetch, tmp_path, monkeypatch, owner, name, at, same_number):
-    """Killed at the first, a middle or the last file, or at a rename: no codesubset/; the next run has all of it."""
-    number = run_killed(fetch, owner, name, at)
-    assert not (tmp_path / "codesubset").exists()
-    with monkeypatch.context() as patch:
-        if same_number:
-            patch.setattr(os, "getpid", lambda: number)
-        target = fetch()
-    shutil.move(target, tmp_path / "first")
-    assert files(fetch()) == files(tmp_path / "first")
-
-
-@pytest.mark.parametrize("fetch, owner, name", [("archive", tarfile, "copyfileobj"), ("demo", wfdb, "wrsamp")],
-                         indirect=["fetch"])
-def test_debris_of_killed_runs_is_removed(fetch, tmp_path, owner, name):
-    """On real data it is gigabytes: the next whole run takes it away."""
-    run_killed(fetch, owner, name, 3)
-    fetch()
-    assert set(os.listdir(tmp_path)) <= {"codesubset", "test_labels.csv"}
+@pytest.mark.parametrize("source, earlier", [("archive", None), ("archive", "demo"), ("demo", None)])
+def test_killed_fetch_is_not_complete(archive, tmp_path, monkeypatch, small_demo, source, earlier, same_number):
+    """SIGKILL at steps spread over the run, the last ones included: the next run has all files, and no debris."""
+    fetch = partial(helpers.fetch_codesubset, archive if source == "archive" else "demo", tmp_path)
+    if earlier:
+        helpers.make_demo_codesubset(tmp_path / "earlier", n_train=2, n_test=2)
+    _, steps = forked(fetch)
+    expected = files(tmp_path / "codesubset")
+    for kill_at in sorted({*np.linspace(1, steps - 8, 5).astype(int), *range(steps - 8, steps, 2)}):
+        shutil.rmtree(tmp_path / "codesubset")
+        if earlier:
+            shutil.copytree(tmp_path / "earlier" / "codesubset", tmp_path / "codesubset")
+        number, _ = forked(fetch, kill_at)
+        with monkeypatch.context() as patch:
+            if same_number:
+                patch.setattr(os, "getpid", lambda: number)  # noqa: B023
+            assert files(fetch()) == expected
+    assert set(os.listdir(tmp_path)) <= {"codesubset", "test_labels.csv", "earlier"}, "GB of debris on real data"
 
 
 # ------------------------------------------------------------------------------------------------
