@@ -294,9 +294,9 @@ def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
                             p_signal=_synthetic_ecg(rng, label, rate, seconds).T, write_dir=str(part / split),
                             adc_gain=[1000.0] * 8, baseline=[0] * 8)
             (part / split / "RECORDS.txt").write_text("".join(f"TNMG{exam}\n" for exam in ids))
-            age = np.clip(rng.normal(55 + 15 * af, 12), 18, 99).astype(int)
-            table = pd.DataFrame({"id_exam": ids, "id_patient": patients, "age": age, "AF": af, "date_exam": "2014-01-01",
-                                  "sex": rng.choice(["F", "M"], n, p=[0.63, 0.37])}).sort_values("id_exam")
+            age, sex = np.clip(rng.normal(55 + 15 * af, 12), 18, 99), rng.choice(["F", "M"], n, p=[0.63, 0.37])
+            table = pd.DataFrame({"id_exam": ids, "id_patient": patients, "age": age.astype(int), "sex": sex, "AF": af,
+                                  "date_exam": "2014-01-01"}).sort_values("id_exam")
             with whole_file(part / "train.csv" if split == "train" else directory / "test_labels.csv") as file:
                 table.to_csv(file, index=False)
         return _announce(_move_in(part, directory / "codesubset", "demo"), "synthetic, generated")
