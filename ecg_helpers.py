@@ -77,7 +77,7 @@ def whole_file(path):
     """Yield a temporary path beside `path`; rename it to `path` only if the block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(path.name + ".part")
     try:
         yield part
         os.replace(part, path)
@@ -132,24 +132,22 @@ def fetch_codesubset(source="course", directory="."):
         wanted = f"archive {source.name}, {source.stat().st_size} bytes, time {source.stat().st_mtime_ns}"
     else:
         wanted = str(source)
-    foreign = data_origin(target) is None and any(target.glob("*/RECORDS.txt"))
-    if not _missing_parts(target) and (data_origin(target) == wanted or (course and foreign)):
+    if not _missing_parts(target) and (data_origin(target) == wanted or (course and data_origin(target) is None)):
         return _announce(target, "ready from an earlier run")
-    if foreign:
-        raise ValueError(f"{target} holds ECGs that were not put there by this function. Move the folder away, give "
-                         "its path as ECG_DATA, or choose another ECG_WORK.")
+    _refuse_foreign(target)
     if demo:
         return make_demo_codesubset(directory)
     if not course:
         return _extract(source, target, wanted)
     archive = Path(directory) / "codesubset.tar.gz"
-    if archive.exists():
+    for attempt in (1, 2):
         try:
-            return _extract(archive, target, wanted)
+            return _extract(archive if archive.exists() else download(COURSE_MIRRORS, archive), target, wanted)
         except ValueError as error:
-            print(f"{error}\nThe file is removed and downloaded again.", flush=True)
             archive.unlink()
-    return _extract(download(COURSE_MIRRORS, archive), target, wanted)
+            if attempt == 2:
+                raise
+            print(f"{error}\nThe file is removed and downloaded again.", flush=True)
 
 
 def _missing_parts(folder):
@@ -170,16 +168,27 @@ def _announce(folder, how):
     return folder
 
 
-def _move_in(part, target, origin):
-    """Put the finished folder `part` in the place of `target`, whose content belonged to other data."""
-    write_json(part / "origin.json", {"origin": origin})
-    old = target.with_name(f"codesubset.{os.getpid()}.old")
-    if target.exists():
-        print(f"{target} came from other data ({data_origin(target)}): it is replaced.", flush=True)
-        os.replace(target, old)
-    os.replace(part, target)
-    shutil.rmtree(old, ignore_errors=True)
-    return target
+def _refuse_foreign(target):
+    if data_origin(target) is None and any(file.suffix not in (".h5", ".part") for file in target.glob("*")):
+        raise ValueError(f"{target} holds files that were not put there by this notebook. Move the folder away, give "
+                         "its path as ECG_DATA, or choose another ECG_WORK.")
+
+
+@contextmanager
+def _whole_codesubset(target, origin):
+    """Yield a path for a new `codesubset/`; it takes the place of `target` if the block ends well."""
+    part = target.with_name("codesubset.part")
+    shutil.rmtree(part, ignore_errors=True)  # what a killed run left
+    part.mkdir(parents=True)
+    try:
+        yield part / "codesubset"
+        write_json(part / "codesubset" / "origin.json", {"origin": origin})
+        if target.exists():
+            print(f"{target} came from other data ({data_origin(target)}): it is replaced.", flush=True)
+            os.replace(target, part / "old")
+        os.replace(part / "codesubset", target)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def download(urls, path, timeout=(10, 60), attempts=4):
@@ -246,8 +255,6 @@ def _extract(archive, target, origin):
     if not hasattr(tarfile, "data_filter"):
         raise RuntimeError(f"Python {sys.version.split()[0]} cannot extract archives safely: use Python "
                            "3.10.12, 3.11.4 or newer.")
-    part = target.with_name(f"codesubset.{os.getpid()}.part")
-    part.mkdir(parents=True)
     print(f"Extracting {archive} ...", flush=True)
 
     def wanted(tar):
@@ -257,19 +264,26 @@ def _extract(archive, target, origin):
                 yield member
 
     try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(part, members=wanted(tar), filter="data")
-        if _missing_parts(part / "codesubset"):
-            raise ValueError(f"codesubset/ with {', '.join(_missing_parts(part / 'codesubset'))} is not inside")
-        return _announce(_move_in(part / "codesubset", target, origin), "extracted")
+        with _whole_codesubset(target, origin) as folder:
+            with tarfile.open(archive) as tar:
+                tar.extractall(folder.parent, members=wanted(tar), filter="data")
+                while tar.fileobj.read(1 << 20):  # to the end, where gzip and xz keep their checksums
+                    pass
+            if missing := _missing_parts(folder) or _missing_records(folder):
+                raise ValueError(f"not inside: {first_ten(missing)}")
     except tarfile.FilterError as error:
         raise ValueError(f"{archive} is refused: {error}. It did not come from the course.") from error
     except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
         if isinstance(error, OSError) and error.errno:  # disk full, no permission: not the archive's fault
             raise
         raise ValueError(f"{archive} is damaged or no codesubset archive ({error}). Fetch it again.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    return _announce(target, "extracted")
+
+
+def _missing_records(folder):
+    pairs = [f"{split}/{name}{suffix}" for split in ("train", "test")
+             for name in read_records(folder / split / "RECORDS.txt") for suffix in (".hea", ".dat")]
+    return [file for file in pairs if not (folder / file).is_file()]
 
 
 def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
@@ -280,9 +294,9 @@ def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
     test labels go to `directory/test_labels.csv`, for tests only.
     """
     rng, directory = np.random.default_rng(seed), Path(directory)
-    part = directory / f"codesubset.{os.getpid()}.part"
+    _refuse_foreign(directory / "codesubset")
     print(f"Generating {n_train + n_test} synthetic ECGs ...", flush=True)
-    try:
+    with _whole_codesubset(directory / "codesubset", "demo") as part:
         for split, n, af_share, first in (("train", n_train, 0.3, 100_000), ("test", n_test, 0.5, 500_000)):
             (part / split).mkdir(parents=True)
             af = rng.permutation(np.arange(n) < round(af_share * n)).astype(int)
@@ -299,9 +313,7 @@ def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
                                   "date_exam": "2014-01-01"}).sort_values("id_exam")
             with whole_file(part / "train.csv" if split == "train" else directory / "test_labels.csv") as file:
                 table.to_csv(file, index=False)
-        return _announce(_move_in(part, directory / "codesubset", "demo"), "synthetic, generated")
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    return _announce(directory / "codesubset", "synthetic, generated")
 
 
 def _synthetic_ecg(rng, af, rate, seconds):
@@ -344,7 +356,7 @@ def read_records(records_file):
 
 
 _HEADER = re.compile(r"\S+ (\d+) (\d+(?:\.\d+)?) (\d+)")
-_SIGNAL = re.compile(r"(\S+) 16 ([\d.]+)\((-?\d+)\)/mV \d+ -?\d+ -?\d+ -?\d+ 0 (\S+)")
+_SIGNAL = re.compile(r"(\S+) 16 ([1-9][\d.]*)\((-?\d+)\)/mV \d+ -?\d+ -?\d+ -?\d+ 0 (\S+)")
 
 
 def read_ecg(path):
@@ -370,7 +382,7 @@ def read_ecg(path):
 
 def _read_plain_record(path):
     """The commonest form (one .dat, format 16, mV) without wfdb's slow header parser; None for any other."""
-    lines = [line.strip() for line in Path(f"{path}.hea").read_text().splitlines()]
+    lines = [line.strip() for line in Path(f"{path}.hea").read_text(encoding="utf-8", errors="replace").splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     head = _HEADER.fullmatch(lines[0]) if lines else None
     specs = [_SIGNAL.fullmatch(line) for line in lines[1:]]
@@ -389,7 +401,7 @@ def _read_plain_record(path):
 
 def _read_any_record(path):
     record = wfdb.rdrecord(str(path))
-    to_mv = [{"mv": 1.0, "uv": 1e-3, "µv": 1e-3, "v": 1e3}[unit.lower()] for unit in record.units]
+    to_mv = [{"mv": 1.0, "uv": 1e-3}[unit.lower()] for unit in record.units]  # no V: wfdb reads µV as V
     return record.p_signal.T * np.array(to_mv)[:, None], record.fs, record.sig_name
 
 
@@ -460,7 +472,7 @@ def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_S
         ecg = dsp.sosfiltfilt(baseline_filter(sample_rate), ecg, padtype="constant")
     if powerline and powerline < sample_rate / 2:
         ecg = dsp.filtfilt(*mains_filter(sample_rate, powerline), ecg)
-    ratio = Fraction(new_freq) / Fraction(str(sample_rate))
+    ratio = Fraction(new_freq) / Fraction(str(sample_rate)).limit_denominator(1000)
     if ratio != 1:
         ecg = dsp.resample_poly(ecg, ratio.numerator, ratio.denominator, axis=1)
     n = ecg.shape[1]
@@ -476,10 +488,10 @@ def _prepare_record(path):
         signal, rate, leads = read_ecg(path)
         tracing = preprocess_ecg(signal, rate, leads).T.astype(np.float32)
         raw = order_leads(signal, leads)
-        finite = np.isfinite(raw)
-        notes = {"NaN samples interpolated": not finite.all(),
-                 "a lead without finite samples set to zero": not finite.any(axis=1).all(),
-                 "a flat lead kept": (np.ptp(np.where(finite, raw, 0.0), axis=1) == 0).any(),
+        live = raw[np.isfinite(raw).any(axis=1)]  # leads with at least one finite sample
+        notes = {"NaN samples interpolated": not np.isfinite(live).all(),
+                 "a lead without finite samples set to zero": len(live) < len(raw),
+                 "a flat lead kept": (np.ptp(fill_gaps(live), axis=1) == 0).any(),
                  "60 Hz filter skipped (rate too low)": rate <= 120}
         remarks = [note for note, applies in notes.items() if applies]
         return tracing, remarks, None
@@ -508,7 +520,7 @@ def h5_problem(h5_file, fingerprint, n_exams):
         with h5py.File(h5_file, "r") as file:
             said = file.attrs.get("fingerprint"), file.attrs.get("settings"), file["tracings"].shape
             file["tracings"][-1]  # the last exam can be read
-    except (OSError, KeyError, ValueError) as error:
+    except Exception as error:  # h5py raises many types for a foreign or damaged file
         return f"cannot be read ({error})"
     if said[1] != PREPROCESSING or said[2] != (n_exams, N_SAMPLES, len(LEADS)):
         return f"has other contents (shape {said[2]}, settings {said[1]})"
@@ -544,6 +556,7 @@ def build_h5(records_file, h5_file, workers=None):
             print(f"{h5_file}: {len(names):,} exams, ready from an earlier run.", flush=True)
             return h5_file
         print(f"{h5_file} {problem}: it is built again.", flush=True)
+        h5_file.unlink()
     workers = min(workers or os.cpu_count() or 1, len(names))
     print(f"Preprocessing {len(names):,} exams of {records_file.parent} with {workers} process(es) ...", flush=True)
     start, remarks, bad = time.monotonic(), Counter(), []
@@ -581,7 +594,10 @@ def load_labels(csv_file, records_file):
     ------
     ValueError naming the column or the exams: missing, duplicated, or AF not 0/1.
     """
-    table = pd.read_csv(csv_file, encoding="utf-8-sig", skipinitialspace=True)
+    try:
+        table = pd.read_csv(csv_file, encoding="utf-8-sig", skipinitialspace=True)
+    except ValueError as error:  # empty, not UTF-8, rows of different lengths
+        raise ValueError(f"{csv_file} is no table ({error}). Extract the archive again.") from error
     missing = [c for c in ("id_exam", "id_patient", "age", "sex", "AF") if c not in table]
     if missing:
         raise ValueError(f"{csv_file}: column {', '.join(missing)} missing; it has {', '.join(map(str, table))}")
@@ -617,7 +633,7 @@ def split_by_patient(labels, valid_fraction=0.2, seed=42):
     if len(names) < 2:
         raise ValueError("one patient cannot be split: both sides need at least one")
     counts = np.stack([np.bincount(code, af == label, len(names)) for label in (0, 1)], axis=1)
-    room = np.round(valid_fraction * counts.sum(axis=0))
+    room = np.floor(valid_fraction * counts.sum(axis=0))
     in_valid = np.zeros(len(names), bool)
     for p in np.random.default_rng(seed).permutation(len(names)):
         if (counts[p] <= room).all():

@@ -213,14 +213,17 @@ def test_other_data_are_replaced(small, archive, tmp_path, capsys, earlier):
     assert not [name for name in os.listdir(tmp_path) if re.search(r"\.(part|old)$", name)]
 
 
-@pytest.mark.parametrize("source", ["archive", "demo"])
+@pytest.mark.parametrize("put", ["archive", "demo", "make_demo_codesubset"])
 @pytest.mark.parametrize("content", ["train/RECORDS.txt", "my_thesis.txt"])
-def test_folder_of_others_is_refused(archive, tmp_path, small_demo, source, content):
+def test_folder_of_others_is_refused(archive, tmp_path, small_demo, put, content):
     """A codesubset/ that this project did not make is neither used up nor called a damaged archive."""
     (tmp_path / "codesubset" / content).parent.mkdir(parents=True)
     (tmp_path / "codesubset" / content).write_text("mine")
     with pytest.raises((ValueError, FileExistsError), match="codesubset.*Move") as caught:
-        helpers.fetch_codesubset(archive if source == "archive" else "demo", tmp_path)
+        if put == "make_demo_codesubset":
+            helpers.make_demo_codesubset(tmp_path)
+        else:
+            helpers.fetch_codesubset(archive if put == "archive" else "demo", tmp_path)
     assert "damaged" not in str(caught.value)
     assert files(tmp_path) == {f"codesubset/{content}": b"mine"}
 
