@@ -100,23 +100,15 @@ def first_ten(names):
 
 # ---- Data: the course's archive, demo data, a folder or any tar archive --------------------------
 def fetch_codesubset(source="course", directory="."):
-    """Make a `codesubset/` folder ready and return its path.
+    """Make a `codesubset/` folder ready (`train/`, `test/` with RECORDS.txt and WFDB pairs, `train.csv`).
 
     Parameters
     ----------
-    source : str or Path
-        "course": download from the course's mirrors; "demo": generate synthetic ECGs here; else the
-        path of a `codesubset/` folder (returned itself, only read) or of any tar archive of one.
-    directory : str or Path
-        Where `codesubset/` (and the downloaded archive) is created, parents too.
+    source : "course": download from the course's mirrors; "demo": generate synthetic ECGs here; else the
+        path of a `codesubset/` folder (returned itself, only read) or of any tar archive of one
+    directory : where `codesubset/` (and the downloaded archive) is created, parents too
 
-    Returns
-    -------
-    Path of the folder with `train/`, `test/` (RECORDS.txt, WFDB pairs) and `train.csv`.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError, ConnectionError: what is wrong, where, and what to do.
+    Returns the folder's path. Raises FileNotFoundError, ValueError, ConnectionError: what is wrong, what to do.
     """
     target, source = Path(directory) / "codesubset", Path(source).expanduser()
     course, demo = str(source) == "course", str(source) == "demo"
@@ -196,10 +188,7 @@ def download(urls, path, timeout=(10, 60), attempts=4):
 
     The data go to `<path>.part`, which is renamed when its length is what the server announced. A cut
     connection, 429 and 5xx are tried again, `attempts` times; a server without HTTP ranges starts anew.
-
-    Raises
-    ------
-    ConnectionError when no mirror served the file: why, for each, and how to place it by hand.
+    Raises ConnectionError when no mirror served the file: why, for each, and how to place it by hand.
     """
     path, failures = Path(path), []
     part = path.with_name(path.name + ".part")
@@ -368,9 +357,7 @@ def read_ecg(path):
     sample_rate : int or float, Hz
     leads : list of str, as the header names them
 
-    Raises
-    ------
-    ValueError naming the record when a file is missing, truncated or not readable.
+    Raises ValueError naming the record when a file is missing, truncated or not readable.
     """
     try:
         signal, rate, leads = _read_plain_record(path) or _read_any_record(path)
@@ -449,19 +436,12 @@ def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_S
     ----------
     signal : array (leads, samples), mV
     sample_rate : number, Hz
-    leads : sequence of str, the names of the rows of `signal`; more than the eight are dropped
-    new_freq, new_len : int
-        Rate (Hz) and length (samples) of the result: zero-padded or cropped, centred.
-    powerline : number or None
-        Mains frequency to remove (Hz); None, or one beyond half the sample rate, skips the step.
+    leads : names of the rows of `signal`; more than the eight are dropped
+    new_freq, new_len : rate (Hz) and length (samples) of the result, zero-padded or cropped, centred
+    powerline : mains frequency to remove (Hz); None, or one beyond half the sample rate, skips the step
 
-    Returns
-    -------
-    ndarray (8, new_len), float64, mV, in the order of LEADS
-
-    Raises
-    ------
-    ValueError: a lead missing, no finite sample, rate outside 50-5000 Hz, shorter than one second.
+    Returns ndarray (8, new_len), float64, mV, in the order of LEADS. Raises ValueError: a lead missing, no
+    finite sample, rate outside 50-5000 Hz, shorter than one second.
     """
     if not 50 <= sample_rate <= 5000:
         raise ValueError(f"sample rate {sample_rate} Hz is outside 50-5000 Hz")
@@ -498,6 +478,17 @@ def _prepare_record(path):
     except ValueError as error:
         text = str(error)
         return None, [], text if text.startswith("record ") else f"record {path}: {text}"
+
+
+def _from_pool(pool, paths, patience=120):
+    """Results in order; a pool whose worker was killed would wait for ever, so wait `patience` seconds at most."""
+    results = pool.imap(_prepare_record, paths, chunksize=8)
+    for path in paths:
+        try:
+            yield results.next(timeout=patience)
+        except multiprocessing.TimeoutError:
+            raise RuntimeError(f"no answer for record {path} in {patience} s: a worker process was probably killed (out of "
+                               "memory?). Run the cell again, or call build_h5 with workers=1.") from None
 
 
 def _pool_context():
@@ -537,16 +528,9 @@ def build_h5(records_file, h5_file, workers=None):
     ----------
     records_file : path of RECORDS.txt; the records lie beside it
     h5_file : path to write: dataset `tracings` (exams, 4096, 8) float32 in mV, order of RECORDS.txt
-    workers : int, optional
-        Processes; default: one a core. 1 works in this process.
+    workers : processes; default: one a core. 1 works in this process.
 
-    Returns
-    -------
-    Path of the HDF5 file
-
-    Raises
-    ------
-    ValueError naming every bad record (the first ten, and how many); no file is left then.
+    Returns the path. Raises ValueError naming every bad record (the first ten, and how many); no file is left then.
     """
     records_file, h5_file = Path(records_file), Path(h5_file)
     names, fingerprint = read_records(records_file), data_fingerprint(records_file)
@@ -565,7 +549,7 @@ def build_h5(records_file, h5_file, workers=None):
     with pool, whole_file(h5_file) as part:
         with h5py.File(part, "w") as file:
             tracings = file.create_dataset("tracings", (len(names), N_SAMPLES, len(LEADS)), "f4")
-            results = pool.imap(_prepare_record, paths, chunksize=8) if workers > 1 else map(_prepare_record, paths)
+            results = _from_pool(pool, paths) if workers > 1 else map(_prepare_record, paths)
             for i, (tracing, notes, error) in enumerate(progress(results, "preprocess", len(names), "exams")):
                 remarks.update(notes)
                 if error:
@@ -586,13 +570,8 @@ def build_h5(records_file, h5_file, workers=None):
 def load_labels(csv_file, records_file):
     """Read the label table in the order of the records (the CSV's own order is another one).
 
-    Returns
-    -------
-    DataFrame indexed by id_exam, one row a record: id_patient, age, sex, AF (int 0/1), ...
-
-    Raises
-    ------
-    ValueError naming the column or the exams: missing, duplicated, or AF not 0/1.
+    Returns a DataFrame indexed by id_exam, one row a record: id_patient, age, sex, AF (int 0/1), ...
+    Raises ValueError naming the column or the exams: missing, duplicated, or AF not 0/1.
     """
     try:
         table = pd.read_csv(csv_file, encoding="utf-8-sig", skipinitialspace=True)
@@ -675,7 +654,7 @@ class BatchLoader:
     def __iter__(self):
         order = torch.randperm(len(self.indices)) if self.shuffle else torch.arange(len(self.indices))
         order = self.indices[order].to(self.traces.device)
-        for batch in order.split(self.batch_size):
+        for batch in order.tensor_split(len(self)):  # equal sizes: a last batch of few exams would be noise
             yield self.traces[batch], self.targets[batch]
 
 
@@ -702,9 +681,7 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
         batch, an AveragedModel that follows the weights, a limit to the gradient's norm
     scaler, amp_dtype : GradScaler and autocast type for mixed precision, optional
 
-    Returns
-    -------
-    float: mean loss per exam (not the mean of batch means: the last batch is smaller)
+    Returns the mean loss per exam, float (not the mean of batch means: batches differ in size).
     """
     device, n_exams = torch.device(device), 0
     scaler = scaler or torch.amp.GradScaler(enabled=False)  # without mixed precision it passes everything on
@@ -941,12 +918,9 @@ def classification_metrics(y_true, y_prob, threshold=0.5, prevalence=None):
     ----------
     y_true, y_prob : arrays of n values (any shape): 0/1, and the probability of AF
     threshold : AF is called where y_prob > threshold (a tie is no AF, as on the leaderboard)
-    prevalence : float, optional
-        Weight the exams so that AF makes up this share; None: every exam counts once.
+    prevalence : weight the exams so that AF makes up this share; None: every exam counts once
 
-    Returns
-    -------
-    dict of float: accuracy, f1, precision, recall, specificity, auroc, ap, leaderboard_ap (the mean of
+    Returns a dict of float: accuracy, f1, precision, recall, specificity, auroc, ap, leaderboard_ap (the mean of
     the AP of AF and of no AF, as the leaderboard computes it). AUROC, AP: NaN where a class is absent.
     """
     y, p = np.ravel(y_true).astype(float), np.ravel(y_prob).astype(float)
@@ -984,10 +958,7 @@ def balanced_threshold(y_true, logits, prevalence=0.5):
 
     A logistic regression of the label on the logit (Platt 1999), weighted to `prevalence`. It uses every
     exam and so moves less from sample to sample than the maximum of the F1 curve.
-
-    Returns
-    -------
-    threshold, scale : float; calibrated probability = sigmoid(scale * (logit - threshold))
+    Returns threshold, scale: the calibrated probability is sigmoid(scale * (logit - threshold)).
     """
     y, z = np.ravel(y_true), np.ravel(logits)
     platt = LogisticRegression(C=1e6).fit(z[:, None], y, sample_weight=class_weights(y, prevalence))
@@ -1050,9 +1021,7 @@ def submit(team_id, password, prediction, note, host=DEFAULT_HOST, *, n_exams=No
     demo : True for predictions of demo data, which go to servers on this machine only
     allow_one_sided : send although all predictions are on one side of 0.5
 
-    Raises
-    ------
-    ValueError before anything is sent; LeaderboardError when the server refuses or is not reached.
+    Raises ValueError before anything is sent; LeaderboardError when the server refuses or is not reached.
     """
     _check_identity(team_id, password, host)
     if not (note or "").strip() or len(note) > 20:

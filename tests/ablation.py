@@ -74,6 +74,17 @@ class RibeiroNet(nn.Module):
         return self.head(self.blocks((x, x))[0].flatten(1))
 
 
+def augment_with_remnants(augment, x, noise=0.03, wander=0.05, mains=0.03):
+    """The notebook's augmentation, with more noise, baseline wander and mains hum (sizes in mV)."""
+    n, length, leads = x.shape
+    seconds = torch.arange(length, device=x.device)[None, :, None] / ecg.SAMPLE_RATE
+    x = augment(x, noise=noise)
+    for size, hertz in ((wander, 0.2 + 1.3 * torch.rand(n, 1, 1)), (mains, torch.where(torch.rand(n, 1, 1) < 0.5, 50.0, 60.0))):
+        wave = torch.sin(2 * torch.pi * (hertz * seconds + torch.rand(n, 1, 1)).to(x.device))
+        x = x + (size * torch.rand(n, 1, 1) * torch.randn(n, 1, leads)).to(x.device) * wave
+    return x
+
+
 def variants(space):
     """name -> (model factory, settings of `train_fold`)."""
     net, full = space["AFNet"], {"augment": space["augment_gain_shift_noise"]}
@@ -83,6 +94,7 @@ def variants(space):
         "no_normalisation": (partial(net, normalize=False), full),
         "no_residual_no_gate": (partial(net, residual=False), full),
         "no_augmentation": (net, {"augment": None}),
+        "more_noise": (net, {"augment": partial(augment_with_remnants, space["augment_gain_shift_noise"])}),
         "no_weight_averaging": (net, {**full, "averaging": False}),
         "plain_exp1": (partial(net, residual=False, normalize=False), dict(recipe="original", epochs=20, batch_size=32)),
         "four_conv_same_time": (space["Model"], {**original, "batch_size": 16}),

@@ -20,3 +20,31 @@ def demo_folder(tmp_path_factory):
 def demo_h5(demo_folder, tmp_path_factory):
     """train.h5 of the demo data. Read only."""
     return helpers.build_h5(demo_folder / "train" / "RECORDS.txt", tmp_path_factory.mktemp("h5") / "train.h5", workers=1)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """With `--faults`: a table of the faults that were provoked, what must happen, and how it ended."""
+    if not config.getoption("--faults"):
+        return
+    rows = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            if report.when == "call" and report.nodeid in config.stash[DOCS]:
+                rows.setdefault(report.nodeid.split("[")[0], []).append(outcome)
+    terminalreporter.section("faults provoked")
+    for number, (name, outcomes) in enumerate(sorted(rows.items()), 1):
+        said = next(doc for node, doc in config.stash[DOCS].items() if node.split("[")[0] == name)
+        terminalreporter.write_line(f"{number:3d}. {said}  ({name.split('::')[1]}: {outcomes.count('passed')} of {len(outcomes)})")
+
+
+DOCS = pytest.StashKey()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--faults", action="store_true", help="end with a table of the faults that were provoked")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Remember what each test says of itself."""
+    config.stash[DOCS] = {item.nodeid: (item.function.__doc__ or "").strip().splitlines()[0]
+                          for item in items if getattr(item, "function", None) and item.function.__doc__}

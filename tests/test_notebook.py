@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from embed_helpers import FIRST_LINE, NOTEBOOK, ROOT, embedded_cell
+from leaderboard_server import read_labels, running
 
 HEADINGS = [
     "Module 3 - Assignment Overview: ECG classification", "Student and Group Information", "Basic Tasks", "Deliverables",
@@ -176,6 +177,23 @@ def test_a_second_run_loads_instead_of_training(demo_run):
     assert {p: p.read_bytes() for p in before} == before, "the same folder must end with the same predictions"
     text = (demo_run / "executed.ipynb").read_text()
     assert "epochs are done" in text and "validation loss 0." not in text.split("Baseline model")[0]
+
+
+@pytest.mark.timeout(1200)
+def test_rehearsal_of_three_submissions(demo_run):
+    """Three runs submit the three experiments on three server days; the last shows three scored rows."""
+    labels = read_labels(demo_run / "test_labels.csv", demo_run / "codesubset" / "test" / "RECORDS.txt")
+    with running(labels=labels) as server:
+        for name in ("exp1_long_cnn", "exp2_resnet", "exp3_ensemble", ""):
+            result = run_notebook(demo_run, ECG_DATA="demo", LEADERBOARD_HOST=server.host, LEADERBOARD_TEAM="group_7",
+                                  LEADERBOARD_PASSWORD="only-for-the-rehearsal", LEADERBOARD_SUBMIT=name)
+            assert result.returncode == 0, result.stderr[-3000:]
+            server.day += 1
+    text = "".join(output_text(cell) for cell in json.loads((demo_run / "executed.ipynb").read_text())["cells"])
+    rows = [line for line in text.splitlines() if re.match(r"\| group_7_sub_[123] \|", line)]
+    assert len(rows) == 3 and "not yet published" not in "".join(rows) and "3 of 5 days used" in text
+    kept = "".join(path.read_text() for path in [*(demo_run / "submissions").iterdir(), demo_run / "executed.ipynb"])
+    assert "only-for-the-rehearsal" not in kept
 
 
 def test_prevalence_estimate_finds_the_share(notebook):

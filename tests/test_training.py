@@ -223,7 +223,8 @@ def test_batch_loader_covers_every_exam_once(indices, batch_size, shuffle):
     loader = helpers.BatchLoader(exams()[0], targets, indices, batch_size, shuffle)
     batches = list(loader)
     assert len(batches) == len(loader) == math.ceil(len(indices) / batch_size)
-    assert all(len(x) == len(y) == batch_size for x, y in batches[:-1])
+    sizes = [len(x) for x, _ in batches]
+    assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1, "no small last batch"
     found = torch.cat([y for _, y in batches])
     assert found.shape == (len(indices), 1) and found.dtype == torch.float32
     order = (found[:, 0] * N).round().long()
@@ -262,14 +263,15 @@ def test_train_loop_is_a_plain_loop_with_the_mean_per_exam(kind, batch_size):
     loss = helpers.train_loop(1, loaders(kind, batch_size), model, make_optimizer("SGD", model, 2.0),
                               torch.nn.BCEWithLogitsLoss(), "cpu")
     optimizer, losses = make_optimizer("SGD", plain, 2.0), []
-    for x, y in zip(traces.split(batch_size), targets[:, None].split(batch_size)):
+    cut = (lambda x: x.tensor_split(math.ceil(N / batch_size))) if kind == "BatchLoader" else (lambda x: x.split(batch_size))
+    for x, y in zip(cut(traces), cut(targets[:, None])):
         optimizer.zero_grad()
         mean = F.binary_cross_entropy_with_logits(plain(x), y)
         mean.backward()
         optimizer.step()
         losses.append((mean.item(), len(y)))
     assert isinstance(loss, float) and loss == pytest.approx(sum(m * n for m, n in losses) / N, rel=1e-6)
-    if N % batch_size:
+    if N % batch_size and kind == "DataLoader":
         assert loss != pytest.approx(np.mean([m for m, _ in losses]), rel=1e-4), "data do not tell the two means apart"
     assert_same(model.state_dict(), plain.state_dict())
 
@@ -484,7 +486,7 @@ def test_augment_sees_training_batches_only(tmp_path):
     traces, seen = exams()[0].clone(), []
     traces[:, -1, -1] = torch.arange(N)
     train(tmp_path, traces=traces, augment=lambda x: (seen.append(x[:, -1, -1].int().tolist()), x)[1])
-    assert [len(exam) for exam in seen] == EPOCHS * [5, 5, 5, 3]
+    assert [len(exam) for exam in seen] == EPOCHS * [5, 5, 4, 4]
     assert sorted(itertools.chain(*seen)) == sorted(EPOCHS * TRAIN.tolist())
 
 
