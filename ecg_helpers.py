@@ -482,13 +482,13 @@ def _prepare_record(path):
 
 def _from_pool(pool, paths, patience=120):
     """Results in order; a pool whose worker was killed would wait for ever, so wait `patience` seconds at most."""
-    results = pool.imap(_prepare_record, paths, chunksize=8)
+    results = pool.imap(_prepare_record, paths)
     for path in paths:
         try:
             yield results.next(timeout=patience)
         except multiprocessing.TimeoutError:
-            raise RuntimeError(f"no answer for record {path} in {patience} s: a worker process was probably killed (out of "
-                               "memory?). Run the cell again, or call build_h5 with workers=1.") from None
+            raise RuntimeError(f"no answer for record {path} in {patience} s: was a worker process killed (out of memory)? "
+                               "Run the cell again, or call build_h5 with workers=1.") from None
 
 
 def _pool_context():
@@ -795,7 +795,7 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
     if ema_decay:
         averaged = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay), use_buffers=True)
-    scaler = torch.amp.GradScaler("cuda") if amp_dtype == torch.float16 else None
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10) if amp_dtype == torch.float16 else None
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "averaged": averaged, "scaler": scaler}
     parts = {name: part for name, part in parts.items() if part is not None}
     run = _describe_run(model, optimizer, loss_function, scheduler, epochs=epochs, seed=seed, ema_decay=ema_decay,

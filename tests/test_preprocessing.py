@@ -624,3 +624,22 @@ def test_file_that_may_not_grow(records, tmp_path):
     process.join(30)
     assert process.exitcode == 0 and "File too large" in queue.get()
     assert not os.listdir(tmp_path)
+
+
+def test_killed_worker_ends_the_build(records, tmp_path, monkeypatch):
+    """A worker process that is killed (out of memory) ends the build with an error; no file is left."""
+    if helpers._pool_context().get_start_method() != "fork":
+        pytest.skip("the fault is planted by forking")
+    prepare, victim = helpers._prepare_record, sorted(path.stem for path in records[0].parent.glob("*.hea"))[0]
+
+    def mortal(path):
+        if path.endswith(victim):
+            os.kill(os.getpid(), 9)
+        return prepare(path)
+    mortal.__qualname__ = mortal.__name__ = "_prepare_record"
+    mortal.__module__ = helpers.__name__
+    monkeypatch.setattr(helpers, "_prepare_record", mortal)
+    monkeypatch.setattr(helpers._from_pool, "__defaults__", (2,))
+    with pytest.raises(RuntimeError, match="worker process killed"):
+        helpers.build_h5(records[0], tmp_path / "train.h5", workers=2)
+    assert list(tmp_path.glob("train.h5*")) == []
