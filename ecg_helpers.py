@@ -837,7 +837,7 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
                     best = {name: value.detach().cpu().clone() for name, value in validated.state_dict().items()}
                 print(f"epoch {epoch:3d}/{epochs}  loss {train_loss:.4f}  validation loss {valid_loss:.4f}  "
                       f"AUROC {row['auroc']:.3f}  AP {row['ap']:.3f}  F1 {row['f1']:.3f}  {row['seconds']:.1f} s"
-                      f"{'  *' if kept else ''}", flush=True)
+                      f"{'  *' if kept and select != 'last' else ''}", flush=True)
                 _save_checkpoint(run_dir, {"run": run, "history": history, "best": best,
                                            **{name: part.state_dict() for name, part in parts.items()}})
     finally:  # after Ctrl-C too: the best weights so far

@@ -149,6 +149,13 @@ def test_run_has_its_figures(executed):
     assert "widget" not in json.dumps([c.get("outputs") for c in executed["cells"]])
 
 
+def test_every_ecg_is_drawn(executed):
+    """A figure made apart from pyplot is shown as text where the inline backend is not set up: look for the picture."""
+    drawn = [c for c in executed["cells"] if c["cell_type"] == "code" and re.search(r"^\s*draw_ecg\(", "".join(c["source"]), re.M)]
+    assert len(drawn) >= 5
+    assert all(any("image/png" in o.get("data", {}) for o in c["outputs"]) for c in drawn)
+
+
 def test_run_says_that_the_data_are_synthetic(executed):
     text = "".join(output_text(cell) for cell in executed["cells"])
     assert "DEMO DATA" in text and "not yet published" in text and "nothing was sent" in text
