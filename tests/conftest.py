@@ -45,6 +45,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Remember what each test says of itself."""
-    config.stash[DOCS] = {item.nodeid: (item.function.__doc__ or "").strip().splitlines()[0]
-                          for item in items if getattr(item, "function", None) and item.function.__doc__}
+    """Remember what each test says of itself: its docstring's first line, else its name."""
+    said = {item.nodeid: (item.function.__doc__ or "").strip() or item.originalname[5:].replace("_", " ")
+            for item in items if hasattr(item, "function")}
+    config.stash[DOCS] = {node: text.splitlines()[0] for node, text in said.items()}

@@ -50,7 +50,7 @@ def test_committed_notebook_is_clean(notebook):
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
     text = NOTEBOOK.read_text(encoding="utf-8")
-    assert not re.search(r"/(home|root|Users|tmp|content)/|C:\\\\", text), "a machine's path"
+    assert not re.search(r"(?<![\w.])/(home|root|Users|tmp|content)/|C:\\\\", text), "a machine's path"
     assert "widgets" not in notebook["metadata"]
 
 
@@ -144,7 +144,7 @@ def test_run_writes_results(demo_run):
 
 def test_run_has_its_figures(executed):
     pictures = sum("image/png" in o.get("data", {}) for c in executed["cells"] for o in c.get("outputs", []))
-    assert pictures >= 30
+    assert pictures >= 27, "11 ECGs on paper, 6 trainings, 10 others"
     assert len(json.dumps(executed)) < 5_000_000, "the executed notebook must stay below 5 MB"
     assert "widget" not in json.dumps([c.get("outputs") for c in executed["cells"]])
 

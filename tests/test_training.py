@@ -468,8 +468,7 @@ def test_average_of_the_weights_is_validated_and_kept(tmp_path):
                           select="last")
     optimizer, average = make_optimizer("SGD", plain, 1.0), None
     for _ in range(3):
-        for index in TRAIN[:STEPS * BATCH:BATCH]:
-            part = TRAIN[index:index + BATCH]
+        for part in np.array_split(TRAIN, STEPS):
             optimizer.zero_grad()
             loss(plain(traces[part]), targets[part, None]).backward()
             optimizer.step()
