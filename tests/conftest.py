@@ -3,11 +3,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import ecg_helpers as helpers  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny models are fastest with one thread, and sums come out alike on every machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

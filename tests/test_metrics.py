@@ -13,14 +13,6 @@ import ecg_helpers as helpers
 KEYS = ("accuracy", "f1", "precision", "recall", "specificity", "auroc", "ap", "leaderboard_ap")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def sample(seed, n=60, share=0.3, decimals=2):
     """Labels and overlapping probabilities, rounded so that there are ties."""
     rng = np.random.default_rng(seed)

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ecg_helpers as helpers
 
-N, SAMPLES, BATCH, EPOCHS = 24, 256, 5, 4  # 18 training exams: 4 batches, the last of 3
+N, SAMPLES, BATCH, EPOCHS = 24, 256, 5, 4  # 18 training exams: batches of 5, 5, 4, 4
 TRAIN, VALID = np.arange(18), np.arange(18, N)
 STEPS = math.ceil(len(TRAIN) / BATCH)
 DAMAGE = {
@@ -37,14 +37,6 @@ DAMAGE = {
     "garbage": lambda data: bytes(range(256)) * (len(data) // 256),
     "zeros inside": lambda data: data[:len(data) // 2] + bytes(64) + data[len(data) // 2 + 64:],
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------------------
