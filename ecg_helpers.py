@@ -1,17 +1,13 @@
 """Reusable parts of the AF assignment: data, preprocessing, training, metrics, leaderboard.
 
 The notebook tells the story and holds the models and figures. The order here is the data's way:
-
-    fetch_codesubset -> build_h5 -> load_labels, split_by_patient -> fit (train_loop, eval_loop)
-    -> predict -> classification_metrics, balanced_threshold -> submission_probabilities -> submit
-
-Everything that is written is written beside its place and renamed when whole, so that a killed run
-leaves nothing that a later run could take as complete.
+fetch_codesubset > build_h5 > load_labels, split_by_patient > fit (train_loop, eval_loop) > predict >
+classification_metrics, balanced_threshold > submission_probabilities > submit. Everything is written beside its
+place and renamed when whole, so that a killed run leaves nothing that a later run could take as complete.
 """
 import hashlib
 import html
 import json
-import lzma
 import math
 import multiprocessing
 import os
@@ -22,7 +18,6 @@ import sys
 import tarfile
 import time
 import zipfile
-import zlib
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from datetime import datetime, timezone
@@ -42,6 +37,7 @@ from scipy import signal as dsp
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
+from tqdm import tqdm
 from urllib3.util import Retry
 
 LEADS = ("DI", "DII", "V1", "V2", "V3", "V4", "V5", "V6")  # order of the last axis of `tracings`
@@ -56,20 +52,10 @@ DEFAULT_HOST = "http://hyperion.it.uu.se:5050/"
 
 
 # ---- Small tools: progress as text, whole files only ---------------------------------------------
-def progress(iterable, label, total=None, unit="batches", every=10.0):
-    """Yield from `iterable` and print a line of text at most every `every` seconds.
-
-    Text lines survive in a saved notebook; nothing is printed where the work takes less time.
-    """
-    total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
-    start = last = time.monotonic()
-    for done, item in enumerate(iterable, 1):
-        yield item
-        now = time.monotonic()
-        if now - last >= every and done != total:
-            last = now
-            left = f" of {total:,}, about {(now - start) / done * (total - done):.0f} s left" if total else ""
-            print(f"  {label}: {done:,}{left} ({unit}, {now - start:.0f} s)", flush=True)
+def progress(iterable, label, total=None, unit="batches"):
+    """`iterable` with a bar of plain text, which a saved notebook keeps; none where it takes less than 10 s."""
+    return tqdm(iterable, f"  {label}", total, unit=f" {unit}", delay=10, mininterval=10, maxinterval=20, ascii=True,
+                file=sys.stdout)
 
 
 @contextmanager
@@ -118,12 +104,10 @@ def fetch_codesubset(source="course", directory="."):
             raise FileNotFoundError(f"{folder} is no codesubset folder: {', '.join(_missing_parts(folder))} missing.")
         return _announce(folder, "folder used as it is")
     if not (course or demo or source.is_file()):
-        raise FileNotFoundError(f"ECG_DATA: {source} does not exist. Give 'course', 'demo', the path of a "
-                                "codesubset/ folder or of a tar archive of one.")
-    if source.is_file() and not (course or demo):
-        wanted = f"archive {source.name}, {source.stat().st_size} bytes, time {source.stat().st_mtime_ns}"
-    else:
-        wanted = str(source)
+        raise FileNotFoundError(f"ECG_DATA: {source} does not exist. Give 'course', 'demo' or the path of a codesubset/ "
+                                "folder or of a tar archive of one.")
+    wanted = str(source) if course or demo else \
+        f"archive {source.name}, {source.stat().st_size} bytes, time {source.stat().st_mtime_ns}"
     if not _missing_parts(target) and (data_origin(target) == wanted or (course and data_origin(target) is None)):
         return _announce(target, "ready from an earlier run")
     _refuse_foreign(target)
@@ -142,12 +126,12 @@ def fetch_codesubset(source="course", directory="."):
             print(f"{error}\nThe file is removed and downloaded again.", flush=True)
 
 
-def _missing_parts(folder):
-    return [part for part in ("train/RECORDS.txt", "test/RECORDS.txt", "train.csv") if not (folder / part).is_file()]
+def _missing_parts(folder, parts=("train/RECORDS.txt", "test/RECORDS.txt", "train.csv")):
+    return [part for part in parts if not (folder / part).is_file()]
 
 
 def data_origin(folder):
-    """What a complete `codesubset/` made here says it came from; None where nothing says so."""
+    """What a complete `codesubset/` that was made here came from; None where nothing says so."""
     try:
         return json.loads((folder / "origin.json").read_text(encoding="utf-8"))["origin"]
     except (OSError, ValueError, KeyError):
@@ -186,9 +170,8 @@ def _whole_codesubset(target, origin):
 def download(urls, path, timeout=(10, 60), attempts=4):
     """Download the first of `urls` that serves a gzip archive to `path`; resume an earlier attempt.
 
-    The data go to `<path>.part`, which is renamed when its length is what the server announced. A cut
-    connection, 429 and 5xx are tried again, `attempts` times; a server without HTTP ranges starts anew.
-    Raises ConnectionError when no mirror served the file: why, for each, and how to place it by hand.
+    The data go to `<path>.part`, renamed when its length is what the server announced. A cut connection, 429 and
+    5xx are tried `attempts` times; a server without HTTP ranges starts anew. ConnectionError: no mirror served it.
     """
     path, failures = Path(path), []
     part = path.with_name(path.name + ".part")
@@ -217,8 +200,7 @@ def _download_once(url, server, part, timeout):
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
         if answer.status_code == 416:  # nothing beyond what we have: start again
             part.unlink()
-            raise requests.ConnectionError("the partial file did not fit, it is fetched anew")
-        if answer.status_code == 429 or answer.status_code >= 500:
+        if answer.status_code in (416, 429) or answer.status_code >= 500:
             raise requests.ConnectionError(f"HTTP {answer.status_code} {answer.reason}")
         if answer.status_code not in (200, 206):
             raise ValueError(f"HTTP {answer.status_code} {answer.reason}")
@@ -258,29 +240,24 @@ def _extract(archive, target, origin):
                 tar.extractall(folder.parent, members=wanted(tar), filter="data")
                 while tar.fileobj.read(1 << 20):  # to the end, where gzip and xz keep their checksums
                     pass
-            if missing := _missing_parts(folder) or _missing_records(folder):
+            if missing := _missing_parts(folder) or _missing_parts(folder, [
+                    f"{split}/{name}{suffix}" for split in ("train", "test")
+                    for name in read_records(folder / split / "RECORDS.txt") for suffix in (".hea", ".dat")]):
                 raise ValueError(f"not inside: {first_ten(missing)}")
     except tarfile.FilterError as error:
         raise ValueError(f"{archive} is refused: {error}. It did not come from the course.") from error
-    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+    except Exception as error:  # tarfile, gzip, bz2 and xz raise many types for a damaged file
         if isinstance(error, OSError) and error.errno:  # disk full, no permission: not the archive's fault
             raise
         raise ValueError(f"{archive} is damaged or no codesubset archive ({error}). Fetch it again.") from error
     return _announce(target, "extracted")
 
 
-def _missing_records(folder):
-    pairs = [f"{split}/{name}{suffix}" for split in ("train", "test")
-             for name in read_records(folder / split / "RECORDS.txt") for suffix in (".hea", ".dat")]
-    return [file for file in pairs if not (folder / file).is_file()]
-
-
 def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
     """Write synthetic ECGs as real WFDB files in the course's layout, in some seconds.
 
-    30 % AF in train, 50 % in test, several exams for some patients, no patient in both. They prove that
-    code runs and say nothing about how good a model is. Returns the path of `directory/codesubset`; the
-    test labels go to `directory/test_labels.csv`, for tests only.
+    30 % AF in train, 50 % in test, several exams for some patients, no patient in both. Returns the path of
+    `directory/codesubset`; its SYNTHETIC.txt marks it. `directory/test_labels.csv` is for tests only.
     """
     rng, directory = np.random.default_rng(seed), Path(directory)
     _refuse_foreign(directory / "codesubset")
@@ -302,6 +279,7 @@ def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
                                   "date_exam": "2014-01-01"}).sort_values("id_exam")
             with whole_file(part / "train.csv" if split == "train" else directory / "test_labels.csv") as file:
                 table.to_csv(file, index=False)
+        (part / "SYNTHETIC.txt").write_text("Generated ECGs: they prove that code runs, never that a model is good.\n")
     return _announce(directory / "codesubset", "synthetic, generated")
 
 
@@ -344,6 +322,8 @@ def read_records(records_file):
     return names
 
 
+PREPROCESSING = f"{SAMPLE_RATE} Hz, {N_SAMPLES} samples, baseline removed, 60 Hz removed, {' '.join(LEADS)}"
+START_METHOD = "fork" if sys.platform.startswith("linux") else "spawn"  # of the worker processes
 _HEADER = re.compile(r"\S+ (\d+) (\d+(?:\.\d+)?) (\d+)")
 _SIGNAL = re.compile(r"(\S+) 16 ([1-9][\d.]*)\((-?\d+)\)/mV \d+ -?\d+ -?\d+ -?\d+ 0 (\S+)")
 
@@ -396,8 +376,7 @@ def order_leads(signal, leads):
     """The eight leads in the order of LEADS, (8, samples); I/II are accepted for DI/DII, in any case."""
     alias = {"I": "DI", "II": "DII"}
     names = [alias.get(name.strip().upper(), name.strip().upper()) for name in leads]
-    missing = [lead for lead in LEADS if lead not in names]
-    if missing:
+    if missing := [lead for lead in LEADS if lead not in names]:
         raise ValueError(f"lead {', '.join(missing)} missing; the record has {', '.join(leads)}")
     return np.asarray(signal, dtype=np.float64)[[names.index(lead) for lead in LEADS]]
 
@@ -473,11 +452,9 @@ def _prepare_record(path):
                  "a lead without finite samples set to zero": len(live) < len(raw),
                  "a flat lead kept": (np.ptp(fill_gaps(live), axis=1) == 0).any(),
                  "60 Hz filter skipped (rate too low)": rate <= 120}
-        remarks = [note for note, applies in notes.items() if applies]
-        return tracing, remarks, None
+        return tracing, [note for note, applies in notes.items() if applies], None
     except ValueError as error:
-        text = str(error)
-        return None, [], text if text.startswith("record ") else f"record {path}: {text}"
+        return None, [], f"record {path}: {str(error).removeprefix(f'record {path}: ')}"
 
 
 def _from_pool(pool, paths, patience=120):
@@ -489,10 +466,6 @@ def _from_pool(pool, paths, patience=120):
         except multiprocessing.TimeoutError:
             raise RuntimeError(f"no answer for record {path} in {patience} s: was a worker process killed (out of memory)? "
                                "Run the cell again, or call build_h5 with workers=1.") from None
-
-
-def _pool_context():
-    return multiprocessing.get_context("fork" if sys.platform.startswith("linux") else "spawn")
 
 
 def data_fingerprint(records_file):
@@ -518,15 +491,11 @@ def h5_problem(h5_file, fingerprint, n_exams):
     return None if said[0] == fingerprint else "was made from other records"
 
 
-PREPROCESSING = f"{SAMPLE_RATE} Hz, {N_SAMPLES} samples, baseline removed, 60 Hz removed, {' '.join(LEADS)}"
-
-
 def build_h5(records_file, h5_file, workers=None):
-    """Preprocess the records of a RECORDS.txt into an HDF5 file, in parallel; a finished one is kept.
+    """Preprocess the records beside a RECORDS.txt into an HDF5 file, in parallel; a finished one is kept.
 
     Parameters
     ----------
-    records_file : path of RECORDS.txt; the records lie beside it
     h5_file : path to write: dataset `tracings` (exams, 4096, 8) float32 in mV, order of RECORDS.txt
     workers : processes; default: one a core. 1 works in this process.
 
@@ -545,7 +514,7 @@ def build_h5(records_file, h5_file, workers=None):
     print(f"Preprocessing {len(names):,} exams of {records_file.parent} with {workers} process(es) ...", flush=True)
     start, remarks, bad = time.monotonic(), Counter(), []
     paths = [str(records_file.parent / name) for name in names]
-    pool = _pool_context().Pool(workers) if workers > 1 else nullcontext()
+    pool = multiprocessing.get_context(START_METHOD).Pool(workers) if workers > 1 else nullcontext()
     with pool, whole_file(h5_file) as part:
         with h5py.File(part, "w") as file:
             tracings = file.create_dataset("tracings", (len(names), N_SAMPLES, len(LEADS)), "f4")
@@ -577,8 +546,7 @@ def load_labels(csv_file, records_file):
         table = pd.read_csv(csv_file, encoding="utf-8-sig", skipinitialspace=True)
     except ValueError as error:  # empty, not UTF-8, rows of different lengths
         raise ValueError(f"{csv_file} is no table ({error}). Extract the archive again.") from error
-    missing = [c for c in ("id_exam", "id_patient", "age", "sex", "AF") if c not in table]
-    if missing:
+    if missing := [c for c in ("id_exam", "id_patient", "age", "sex", "AF") if c not in table]:
         raise ValueError(f"{csv_file}: column {', '.join(missing)} missing; it has {', '.join(map(str, table))}")
     table["id_exam"] = pd.to_numeric(table["id_exam"], errors="coerce")
     ids = [re.fullmatch(r"(?:.*/)?TNMG(\d+)", name) for name in read_records(records_file)]
@@ -602,8 +570,8 @@ def load_labels(csv_file, records_file):
 def split_by_patient(labels, valid_fraction=0.2, seed=42):
     """Split exams into training and validation so that no patient is on both sides.
 
-    Patients, in random order, go to validation while both classes have room there: the AF share is
-    equal on both sides as far as the patients allow. Returns train_idx, valid_idx: positions in `labels`.
+    Patients, in random order, go to validation while both classes have room there, which keeps the AF share
+    equal on both sides as far as patients allow. Returns train_idx, valid_idx: positions in `labels`.
     """
     if not 0 < valid_fraction < 1:
         raise ValueError(f"valid_fraction must lie between 0 and 1, not {valid_fraction}")
@@ -625,8 +593,7 @@ def split_by_patient(labels, valid_fraction=0.2, seed=42):
 # ---- Training ------------------------------------------------------------------------------------
 def pick_device():
     """CUDA, then Apple's MPS, then the CPU."""
-    mps = getattr(torch.backends, "mps", None)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def seed_everything(seed):
@@ -639,8 +606,8 @@ def seed_everything(seed):
 class BatchLoader:
     """Whole batches by index from tracings in memory or on the device: a DataLoader without collation.
 
-    Yields (traces (batch, 4096, 8), targets (batch, 1)) of the exams `indices`, shuffled with torch's
-    random state where `shuffle` is set. `traces` is not copied, so train and validation share it.
+    Yields (traces (batch, 4096, 8), targets (batch, 1)) of the exams `indices`, in an order drawn from torch's
+    random state with `shuffle`. `traces` is not copied, so train and validation share it.
     """
 
     def __init__(self, traces, targets, indices, batch_size=32, shuffle=False):
@@ -660,13 +627,9 @@ class BatchLoader:
 
 def mixed_precision(device):
     """The type for torch.autocast: bfloat16 or float16 on CUDA as the card allows, None elsewhere."""
-    if device.type != "cuda":
+    if torch.device(device).type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-
-
-def _autocast(device, dtype):
-    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
 
 
 def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, augment=None, scheduler=None,
@@ -693,7 +656,7 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
         if augment is not None:
             traces = augment(traces)
         # 2. forward: logits and their loss
-        with _autocast(device, amp_dtype):
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(traces)
         loss = loss_function(logits.float(), targets)
         # 3. backward
@@ -716,20 +679,16 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
 
 @torch.no_grad()
 def eval_loop(epoch, dataloader, model, loss_function, device, *, amp_dtype=None):
-    """Evaluate `model` without gradients.
+    """Evaluate `model` without gradients; the parameters are those of `train_loop`.
 
-    Returns
-    -------
-    loss : float, mean per exam
-    probabilities : ndarray (n, 1), float64, of AF
-    targets : ndarray (n, 1)
+    Returns the mean loss per exam (float), the probabilities of AF (n, 1) float64 and the targets (n, 1).
     """
     device = torch.device(device)
     model.eval()
     loss_sum, logits_all, targets_all = torch.zeros((), device=device), [], []
     for traces, targets in progress(dataloader, f"validation {epoch}"):
         traces, targets = traces.to(device), targets.to(device)
-        with _autocast(device, amp_dtype):
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(traces)
         logits = logits.float()
         loss_sum += loss_function(logits, targets) * len(targets)
@@ -754,7 +713,7 @@ def predict(model, traces, device, batch_size=128, amp_dtype=None, shifts=(0,)):
     model.eval()
     for start in progress(range(0, len(traces), batch_size), "predict"):
         batch = torch.as_tensor(traces[start:start + batch_size]).to(device, torch.float32)
-        with _autocast(device, amp_dtype):
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             moved = [model(batch.roll(shift, 1) if shift else batch).float() for shift in shifts]
         logits.append(torch.stack(moved).mean(dim=0).squeeze(1))
     return torch.cat(logits).cpu().numpy().astype(np.float64)
@@ -773,8 +732,8 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
         amp_dtype=None, overwrite=False):
     """Train with validation each epoch, keep the best weights, checkpoint each epoch, resume exactly.
 
-    Each epoch draws its randomness from (`seed`, epoch), so a killed run that is started again ends with
-    the same numbers (on the CPU to the last bit). A finished run is loaded, not repeated.
+    Each epoch draws its randomness from (`seed`, epoch): a killed run that is started again ends with the same
+    numbers (on the CPU to the last bit). A finished run is loaded, not repeated.
 
     Parameters
     ----------
@@ -785,10 +744,8 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
     settings : dict of JSON values: what else the run depends on (data, batch size). A checkpoint of other
         settings is not continued.
 
-    Returns
-    -------
-    history : dict of lists: epoch, lr, train_loss, valid_loss, auroc, ap, f1, accuracy, seconds.
-        `model` holds the kept weights afterwards. A loss that is not finite: FloatingPointError.
+    Returns the history, a dict of lists: epoch, lr, train_loss, valid_loss, auroc, ap, f1, accuracy, seconds.
+    `model` holds the kept weights afterwards. A loss that is not finite: FloatingPointError.
     """
     run_dir, device = Path(run_dir), torch.device(device)
     averaged = None
@@ -802,8 +759,7 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
                         select=select, max_norm=max_norm, augment=_name(augment),
                         **{f"settings.{key}": value for key, value in (settings or {}).items()})
     watched = ("auroc", "ap", "f1", "accuracy")
-    history = {key: [] for key in ("epoch", "lr", "train_loss", "valid_loss", *watched, "seconds")}
-    best = None
+    history, best = {key: [] for key in ("epoch", "lr", "train_loss", "valid_loss", *watched, "seconds")}, None
     state = None if overwrite else _load_checkpoint(run_dir, run, device)
     if state is not None:
         history, best = state["history"], state["best"]
@@ -884,7 +840,7 @@ def _save_checkpoint(run_dir, state):
 
 
 def _load_checkpoint(run_dir, run, device):
-    """The newest readable checkpoint of the same run, or None; says what it found."""
+    """The newest readable checkpoint of the same run, or None."""
     for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"):
         if not path.exists():
             continue
@@ -900,8 +856,7 @@ def _load_checkpoint(run_dir, run, device):
             os.replace(path, path.with_suffix(".damaged"))  # or the next save would push out the good one
             continue
         here = json.loads(run)
-        changed = [key for key in {**here, **there} if here.get(key) != there.get(key)]
-        if changed:
+        if changed := [key for key in {**here, **there} if here.get(key) != there.get(key)]:
             print(f"{run_dir} holds a run with other settings ({', '.join(sorted(changed))}): training starts anew.",
                   flush=True)
             return None
@@ -921,7 +876,7 @@ def classification_metrics(y_true, y_prob, threshold=0.5, prevalence=None):
     prevalence : weight the exams so that AF makes up this share; None: every exam counts once
 
     Returns a dict of float: accuracy, f1, precision, recall, specificity, auroc, ap, leaderboard_ap (the mean of
-    the AP of AF and of no AF, as the leaderboard computes it). AUROC, AP: NaN where a class is absent.
+    the AP of AF and of no AF). AUROC, AP: NaN where a class is absent.
     """
     y, p = np.ravel(y_true).astype(float), np.ravel(y_prob).astype(float)
     if len(y) != len(p) or len(y) == 0:
@@ -956,9 +911,8 @@ def class_weights(y, prevalence=None):
 def balanced_threshold(y_true, logits, prevalence=0.5):
     """Logit at which the odds of AF are even in a population with this AF share, from validation exams.
 
-    A logistic regression of the label on the logit (Platt 1999), weighted to `prevalence`. It uses every
-    exam and so moves less from sample to sample than the maximum of the F1 curve.
-    Returns threshold, scale: the calibrated probability is sigmoid(scale * (logit - threshold)).
+    A logistic regression of the label on the logit (Platt 1999), weighted to `prevalence`: steadier than the maximum
+    of the F1 curve. Returns threshold, scale: the calibrated probability is sigmoid(scale * (logit - threshold)).
     """
     y, z = np.ravel(y_true), np.ravel(logits)
     platt = LogisticRegression(C=1e6).fit(z[:, None], y, sample_weight=class_weights(y, prevalence))
@@ -998,10 +952,9 @@ _ADVICE = {  # words in the server's answer -> what to do
 
 
 def register_team(team_id, password, host=DEFAULT_HOST):
-    """Register a team; registering again with the same password is harmless.
+    """Register a team; again with the same password is harmless. Returns the `requests` response (201 new, 200 known).
 
-    Returns the `requests` response (201 new, 200 known). Raises LeaderboardError when the server
-    refuses or is not reached, ValueError for what the server would accept but not mean.
+    LeaderboardError: the server refuses or is not reached. ValueError: it would accept what cannot be meant.
     """
     _check_identity(team_id, password, host)
     return _call("PUT", host, "register", team_id, password)
@@ -1015,8 +968,7 @@ def submit(team_id, password, prediction, note, host=DEFAULT_HOST, *, n_exams=No
     ----------
     prediction : array (exams, 2): probability of no AF and of AF, rows in the order of RECORDS.txt
     note : str, 1-20 characters, shown beside the score
-    n_exams : the number of rows is checked where it is given
-    af_probability : array (exams,), the experiment's own record: guards against swapped columns
+    n_exams, af_probability : rows and probabilities (exams,) that the experiment recorded: checked where given
     experiment, metrics : kept with the saved submission
     demo : True for predictions of demo data, which go to servers on this machine only
     allow_one_sided : send although all predictions are on one side of 0.5
@@ -1104,11 +1056,11 @@ def _check_prediction(prediction, n_exams, af_probability, allow_one_sided):
         raise ValueError(f"the prediction has {len(table)} rows, the test set {n_exams} exams")
     if not (np.isfinite(table).all() and (table >= 0).all() and np.allclose(table.sum(axis=1), 1, atol=1e-6)):
         raise ValueError("every row must be two probabilities that sum to 1")
-    if af_probability is not None and np.size(af_probability) != len(table):
-        raise ValueError(f"the prediction has {len(table)} rows, the experiment recorded {np.size(af_probability)}")
-    if af_probability is not None and not np.allclose(table[:, 1], np.ravel(af_probability), atol=1e-6):
-        swapped = np.allclose(table[:, 0], np.ravel(af_probability), atol=1e-6)
-        raise ValueError("the columns are swapped: the second must be AF" if swapped
+    recorded = table[:, 1] if af_probability is None else np.ravel(af_probability)
+    if len(recorded) != len(table):
+        raise ValueError(f"the prediction has {len(table)} rows, the experiment recorded {len(recorded)}")
+    if not np.allclose(table[:, 1], recorded, atol=1e-6):
+        raise ValueError("the columns are swapped: the second must be AF" if np.allclose(table[:, 0], recorded, atol=1e-6)
                          else "the prediction is not the one that the experiment recorded")
     if len(set(table[:, 1] > 0.5)) == 1 and not allow_one_sided:
         raise ValueError("all predictions are on one side of 0.5, which scores F1 0 or 0.667. The usual cause is a "
@@ -1123,7 +1075,7 @@ def _reason(answer):
 
 
 def _call(method, host, path, team_id=None, password=None, content=None):
-    """One request with time-outs and a bounded retry (connection errors and 5xx only), no redirects."""
+    """One request: time-outs, some retries (connection errors and 5xx only), no redirects."""
     url = f"{host.rstrip('/')}/{path}"
     auth = (team_id.encode("utf-8"), password.encode("utf-8")) if team_id else None
     retry = Retry(total=2, backoff_factor=0.5, status_forcelist=range(500, 600), allowed_methods=None,

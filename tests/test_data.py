@@ -79,6 +79,13 @@ def test_demo_patients(demo_folder):
     assert train.nunique() < len(train) and not set(train) & set(test)
 
 
+def test_demo_keeps_its_mark(tmp_path):
+    """An archive of demo data is demo data where it is extracted."""
+    folder = helpers.make_demo_codesubset(tmp_path / "a", n_train=3, n_test=2)
+    target = helpers.fetch_codesubset(pack(folder, tmp_path / "mine.tar"), tmp_path / "b")
+    assert (folder / "SYNTHETIC.txt").read_bytes() == (target / "SYNTHETIC.txt").read_bytes()
+
+
 def test_demo_depends_on_the_seed_alone(tmp_path):
     """Same seed, same bytes; another seed, others."""
     made = [files(helpers.make_demo_codesubset(tmp_path / str(i), n_train=4, n_test=2, seed=seed))
@@ -94,7 +101,8 @@ def test_demo_depends_on_the_seed_alone(tmp_path):
 def small(tmp_path_factory):
     """A codesubset/ of 3 + 2 exams without any note of ours: as if it came from the course. Read only."""
     folder = helpers.make_demo_codesubset(tmp_path_factory.mktemp("small"), n_train=3, n_test=2, seed=7)
-    (folder / "origin.json").unlink(missing_ok=True)
+    for mark in ("origin.json", "SYNTHETIC.txt"):
+        (folder / mark).unlink()
     return folder
 
 

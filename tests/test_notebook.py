@@ -101,17 +101,21 @@ def run_notebook(folder, **environment):
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
-    """The notebook, alone in an empty folder with a space in its name, run on demo data; nothing is sent."""
+    """The notebook, alone in an empty folder with a space in its name, run on demo data; nothing is sent.
+
+    The value is ECG_WORK, a folder of its own beside the notebook.
+    """
     folder = tmp_path_factory.mktemp("student folder")
     proxies = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}  # any connection would fail
-    result = run_notebook(folder, ECG_DATA="demo", **proxies)
+    (folder / "home").mkdir()
+    result = run_notebook(folder, ECG_DATA="demo", ECG_WORK="my work", HOME=str(folder / "home"), **proxies)
     assert result.returncode == 0, result.stderr[-3000:]
-    return folder
+    return folder / "my work"
 
 
 @pytest.fixture(scope="module")
 def executed(demo_run):
-    return json.loads((demo_run / "executed.ipynb").read_text(encoding="utf-8"))
+    return json.loads((demo_run.parent / "executed.ipynb").read_text(encoding="utf-8"))
 
 
 def output_text(cell):
@@ -121,7 +125,16 @@ def output_text(cell):
 
 @pytest.mark.timeout(1200)
 def test_run_writes_the_helper_module(demo_run):
-    assert (demo_run / "ecg_helpers.py").read_bytes() == (ROOT / "ecg_helpers.py").read_bytes()
+    assert (demo_run.parent / "ecg_helpers.py").read_bytes() == (ROOT / "ecg_helpers.py").read_bytes()
+
+
+def test_run_writes_into_its_folder_only(demo_run):
+    """Beside ECG_WORK stand the notebook, its result and the helper module; at home, settings of Jupyter at most."""
+    beside = {path.name for path in demo_run.parent.iterdir()} - {"__pycache__"}
+    assert beside == {NOTEBOOK.name, "executed.ipynb", "ecg_helpers.py", "home", "my work"}
+    assert {path.name for path in demo_run.iterdir()} <= {"codesubset", "test_labels.csv", "runs", "predictions", "results.json"}
+    assert {path.name for path in (demo_run.parent / "home").iterdir()} <= {
+        ".ipython", ".jupyter", ".cache", ".config", ".local", ".matplotlib"}
 
 
 def test_run_writes_predictions(demo_run):
@@ -165,7 +178,7 @@ def test_run_has_no_warnings_nor_machine_paths(executed, demo_run):
     for cell in executed["cells"]:
         for output in cell.get("outputs", []):
             assert output.get("name") != "stderr", output["text"]
-    assert str(demo_run) not in json.dumps(executed) and str(ROOT) not in json.dumps(executed)
+    assert str(demo_run.parent) not in json.dumps(executed) and str(ROOT) not in json.dumps(executed)
 
 
 def test_every_self_check_printed(executed):
@@ -179,10 +192,10 @@ def test_every_self_check_printed(executed):
 @pytest.mark.timeout(1200)
 def test_a_second_run_loads_instead_of_training(demo_run):
     before = {p: p.read_bytes() for p in (demo_run / "predictions").glob("*.json")}
-    result = run_notebook(demo_run, ECG_DATA="demo")
+    result = run_notebook(demo_run.parent, ECG_DATA="demo", ECG_WORK=demo_run.name)
     assert result.returncode == 0, result.stderr[-3000:]
     assert {p: p.read_bytes() for p in before} == before, "the same folder must end with the same predictions"
-    text = (demo_run / "executed.ipynb").read_text()
+    text = (demo_run.parent / "executed.ipynb").read_text()
     assert "epochs are done" in text and "validation loss 0." not in text.split("Baseline model")[0]
 
 
@@ -192,14 +205,15 @@ def test_rehearsal_of_three_submissions(demo_run):
     labels = read_labels(demo_run / "test_labels.csv", demo_run / "codesubset" / "test" / "RECORDS.txt")
     with running(labels=labels) as server:
         for name in ("exp1_long_cnn", "exp2_resnet", "exp3_ensemble", ""):
-            result = run_notebook(demo_run, ECG_DATA="demo", LEADERBOARD_HOST=server.host, LEADERBOARD_TEAM="group_7",
-                                  LEADERBOARD_PASSWORD="only-for-the-rehearsal", LEADERBOARD_SUBMIT=name)
+            result = run_notebook(demo_run.parent, ECG_DATA="demo", ECG_WORK=demo_run.name, LEADERBOARD_HOST=server.host,
+                                  LEADERBOARD_TEAM="group_7", LEADERBOARD_PASSWORD="only-for-the-rehearsal",
+                                  LEADERBOARD_SUBMIT=name)
             assert result.returncode == 0, result.stderr[-3000:]
             server.day += 1
-    text = "".join(output_text(cell) for cell in json.loads((demo_run / "executed.ipynb").read_text())["cells"])
+    text = "".join(output_text(cell) for cell in json.loads((demo_run.parent / "executed.ipynb").read_text())["cells"])
     rows = [line for line in text.splitlines() if re.match(r"\| group_7_sub_[123] \|", line)]
     assert len(rows) == 3 and "not yet published" not in "".join(rows) and "3 of 5 days used" in text
-    kept = "".join(path.read_text() for path in [*(demo_run / "submissions").iterdir(), demo_run / "executed.ipynb"])
+    kept = "".join(path.read_text() for path in [*(demo_run / "submissions").iterdir(), demo_run.parent / "executed.ipynb"])
     assert "only-for-the-rehearsal" not in kept
 
 

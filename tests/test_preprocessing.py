@@ -391,7 +391,7 @@ def records(tmp_path_factory):
 def test_build(records, tmp_path, monkeypatch, workers, method):
     """Shape, type and order of RECORDS.txt; any number of processes, forked or spawned, gives the same bits."""
     if method:
-        monkeypatch.setattr(helpers, "_pool_context", lambda: multiprocessing.get_context(method))
+        monkeypatch.setattr(helpers, "START_METHOD", method)
     target = tmp_path / "new" / "folder" / "train.h5"
     assert helpers.build_h5(records[0], target, workers=workers) == target
     with h5py.File(target) as file:
@@ -628,7 +628,7 @@ def test_file_that_may_not_grow(records, tmp_path):
 
 def test_killed_worker_ends_the_build(records, tmp_path, monkeypatch):
     """A worker process that is killed (out of memory) ends the build with an error; no file is left."""
-    if helpers._pool_context().get_start_method() != "fork":
+    if helpers.START_METHOD != "fork":
         pytest.skip("the fault is planted by forking")
     prepare, victim = helpers._prepare_record, sorted(path.stem for path in records[0].parent.glob("*.hea"))[0]
 
