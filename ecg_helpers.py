@@ -52,10 +52,9 @@ DEFAULT_HOST = "http://hyperion.it.uu.se:5050/"
 
 
 # ---- Small tools: progress as text, whole files only ---------------------------------------------
-def progress(iterable, label, total=None, unit="batches"):
+def progress(iterable, label, total=None, unit="batch"):
     """`iterable` with a bar of plain text, which a saved notebook keeps; none where it takes less than 10 s."""
-    return tqdm(iterable, f"  {label}", total, unit=f" {unit}", delay=10, mininterval=10, maxinterval=20, ascii=True,
-                file=sys.stdout)
+    return tqdm(iterable, f"  {label}", total, unit=unit, delay=10, mininterval=10, ascii=True, file=sys.stdout)
 
 
 @contextmanager
@@ -75,7 +74,6 @@ def write_json(path, content):
     """Write `content` as JSON, whole or not at all. NaN and infinity are refused."""
     with whole_file(path) as part:
         part.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    return Path(path)
 
 
 def first_ten(names):
@@ -90,11 +88,11 @@ def fetch_codesubset(source="course", directory="."):
 
     Parameters
     ----------
-    source : "course": download from the course's mirrors; "demo": generate synthetic ECGs here; else the
-        path of a `codesubset/` folder (returned itself, only read) or of any tar archive of one
+    source : "course" (downloaded), "demo" (synthetic ECGs, generated here), the path of a `codesubset/` folder
+        (returned itself, only read) or of any tar archive of one
     directory : where `codesubset/` (and the downloaded archive) is created, parents too
 
-    Returns the folder's path. Raises FileNotFoundError, ValueError, ConnectionError: what is wrong, what to do.
+    Returns the folder's path. FileNotFoundError, ValueError, ConnectionError: what is wrong, what to do.
     """
     target, source = Path(directory) / "codesubset", Path(source).expanduser()
     course, demo = str(source) == "course", str(source) == "demo"
@@ -229,7 +227,7 @@ def _extract(archive, target, origin):
     print(f"Extracting {archive} ...", flush=True)
 
     def wanted(tar):
-        for member in progress(tar, "extract", unit="files"):
+        for member in progress(tar, "extract", unit=" files"):
             member.name = re.sub(r"^(\./)+", "", member.name)
             if member.name.split("/")[0] == "codesubset":
                 yield member
@@ -268,7 +266,7 @@ def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
             af = rng.permutation(np.arange(n) < round(af_share * n)).astype(int)
             ids = rng.permutation(first + np.arange(n))  # record order is not the table's order
             patients = first // 10 + np.where(af, 0, n) + rng.integers(0, max(1, int(0.8 * n)), n)
-            for exam, label in progress(list(zip(ids, af)), "generate", unit="exams"):
+            for exam, label in progress(list(zip(ids, af)), "generate", unit="exam"):
                 rate, seconds = int(rng.choice([300, 400, 500, 600])), rng.uniform(7.2, 10.2)
                 wfdb.wrsamp(f"TNMG{exam}", fs=rate, units=["mV"] * 8, sig_name=list(LEADS), fmt=["16"] * 8,
                             p_signal=_synthetic_ecg(rng, label, rate, seconds).T, write_dir=str(part / split),
@@ -331,13 +329,8 @@ _SIGNAL = re.compile(r"(\S+) 16 ([1-9][\d.]*)\((-?\d+)\)/mV \d+ -?\d+ -?\d+ -?\d
 def read_ecg(path):
     """Read one WFDB record; `path` without suffix.
 
-    Returns
-    -------
-    signal : ndarray (leads, samples), float64, mV; NaN where a sample is marked as invalid
-    sample_rate : int or float, Hz
-    leads : list of str, as the header names them
-
-    Raises ValueError naming the record when a file is missing, truncated or not readable.
+    Returns signal (leads, samples) float64 in mV, NaN where a sample is marked as invalid; sample_rate, Hz; leads,
+    names as in the header. ValueError, naming the record: a file is missing, truncated or not readable.
     """
     try:
         signal, rate, leads = _read_plain_record(path) or _read_any_record(path)
@@ -407,6 +400,9 @@ def mains_filter(sample_rate, powerline=60, quality=30):
     return dsp.iirnotch(powerline, quality, fs=sample_rate)
 
 
+low_pass_filter = lru_cache(maxsize=32)(dsp.firwin)  # `resample_poly` would design its own anew for each exam
+
+
 def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_SAMPLES, remove_baseline=True,
                    powerline=60):
     """Bring one exam to the form that all models read; equals github.com/antonior92/ecg-preprocessing to 1e-6 mV.
@@ -433,7 +429,9 @@ def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_S
         ecg = dsp.filtfilt(*mains_filter(sample_rate, powerline), ecg)
     ratio = Fraction(new_freq) / Fraction(str(sample_rate)).limit_denominator(1000)
     if ratio != 1:
-        ecg = dsp.resample_poly(ecg, ratio.numerator, ratio.denominator, axis=1)
+        up, down, rate = ratio.numerator, ratio.denominator, max(ratio.numerator, ratio.denominator)
+        window = low_pass_filter(20 * rate + 1, 1 / rate, window=("kaiser", 5.0))  # as its default
+        ecg = dsp.resample_poly(ecg, up, down, axis=1, window=window)
     n = ecg.shape[1]
     if n >= new_len:
         return ecg[:, (n - new_len) // 2:][:, :new_len].copy()
@@ -441,26 +439,30 @@ def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_S
     return np.pad(ecg, ((0, 0), (front, new_len - n - front)))
 
 
-def _prepare_record(path):
-    """Worker of `build_h5`: (tracing (4096, 8) float32, remarks, None), or (None, [], error text)."""
+def _prepare_record(job):
+    """Worker of `build_h5`: write one tracing to its place in the file; (remarks, None), or ([], error text)."""
+    path, h5_file, place = job
     try:
         signal, rate, leads = read_ecg(path)
-        tracing = preprocess_ecg(signal, rate, leads).T.astype(np.float32)
+        tracing = preprocess_ecg(signal, rate, leads).astype("<f4").T
+        with open(h5_file, "r+b") as file:  # each worker writes its own: pipes would cost more than the filters
+            file.seek(place)
+            file.write(tracing.tobytes())
         raw = order_leads(signal, leads)
         live = raw[np.isfinite(raw).any(axis=1)]  # leads with at least one finite sample
         notes = {"NaN samples interpolated": not np.isfinite(live).all(),
                  "a lead without finite samples set to zero": len(live) < len(raw),
                  "a flat lead kept": (np.ptp(fill_gaps(live), axis=1) == 0).any(),
                  "60 Hz filter skipped (rate too low)": rate <= 120}
-        return tracing, [note for note, applies in notes.items() if applies], None
+        return [note for note, applies in notes.items() if applies], None
     except ValueError as error:
-        return None, [], f"record {path}: {str(error).removeprefix(f'record {path}: ')}"
+        return [], f"record {path}: {str(error).removeprefix(f'record {path}: ')}"
 
 
-def _from_pool(pool, paths, patience=120):
+def _from_pool(pool, jobs, patience=120):
     """Results in order; a pool whose worker was killed would wait for ever, so wait `patience` seconds at most."""
-    results = pool.imap(_prepare_record, paths)
-    for path in paths:
+    results = pool.imap(_prepare_record, jobs)
+    for path, *_ in jobs:
         try:
             yield results.next(timeout=patience)
         except multiprocessing.TimeoutError:
@@ -513,18 +515,18 @@ def build_h5(records_file, h5_file, workers=None):
     workers = min(workers or os.cpu_count() or 1, len(names))
     print(f"Preprocessing {len(names):,} exams of {records_file.parent} with {workers} process(es) ...", flush=True)
     start, remarks, bad = time.monotonic(), Counter(), []
-    paths = [str(records_file.parent / name) for name in names]
     pool = multiprocessing.get_context(START_METHOD).Pool(workers) if workers > 1 else nullcontext()
     with pool, whole_file(h5_file) as part:
         with h5py.File(part, "w") as file:
-            tracings = file.create_dataset("tracings", (len(names), N_SAMPLES, len(LEADS)), "f4")
-            results = _from_pool(pool, paths) if workers > 1 else map(_prepare_record, paths)
-            for i, (tracing, notes, error) in enumerate(progress(results, "preprocess", len(names), "exams")):
-                remarks.update(notes)
-                if error:
-                    bad.append(error)
-                elif not bad:
-                    tracings[i] = tracing
+            tracings = file.create_dataset("tracings", (len(names), N_SAMPLES, len(LEADS)), "<f4")
+            tracings[-1:] = np.zeros((1, N_SAMPLES, len(LEADS)))  # the first write reserves the room of all
+            place, size = tracings.id.get_offset(), tracings[-1].nbytes
+        jobs = [(str(records_file.parent / name), str(part), place + i * size) for i, name in enumerate(names)]
+        results = _from_pool(pool, jobs) if workers > 1 else map(_prepare_record, jobs)
+        for notes, error in progress(results, "preprocess", len(names), "exam"):
+            remarks.update(notes)
+            bad += [error] if error else []
+        with h5py.File(part, "r+") as file:
             file.attrs.update(fingerprint=fingerprint, settings=PREPROCESSING)
         if bad:
             raise ValueError(f"{len(bad)} of {len(names):,} records cannot be used, {h5_file.name} was not "
@@ -689,8 +691,7 @@ def eval_loop(epoch, dataloader, model, loss_function, device, *, amp_dtype=None
     for traces, targets in progress(dataloader, f"validation {epoch}"):
         traces, targets = traces.to(device), targets.to(device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(traces)
-        logits = logits.float()
+            logits = model(traces).float()
         loss_sum += loss_function(logits, targets) * len(targets)
         logits_all.append(logits)
         targets_all.append(targets)
@@ -704,7 +705,7 @@ def to_probability(logits):
 
 
 @torch.no_grad()
-def predict(model, traces, device, batch_size=128, amp_dtype=None, shifts=(0,)):
+def predict(model, traces, device, batch_size=32, amp_dtype=None, shifts=(0,)):
     """Logits (n,) float64 of `traces`, an h5py dataset, array or tensor (n, 4096, 8), batch by batch.
 
     `shifts`: samples by which each exam is moved (circularly); the logits are averaged over them.
@@ -741,8 +742,7 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
     scheduler : OneCycleLR, CyclicLR step each batch, ReduceLROnPlateau on the validation loss, others each epoch
     ema_decay : validate and keep a moving average of the weights with this decay a step, instead of the last
     select : history key whose best epoch is kept ("valid_loss", "auroc", "ap", "f1"), or "last"
-    settings : dict of JSON values: what else the run depends on (data, batch size). A checkpoint of other
-        settings is not continued.
+    settings : dict of JSON values, what else the run depends on (data, batch size): others start a new run
 
     Returns the history, a dict of lists: epoch, lr, train_loss, valid_loss, auroc, ap, f1, accuracy, seconds.
     `model` holds the kept weights afterwards. A loss that is not finite: FloatingPointError.
@@ -753,8 +753,8 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
         averaged = torch.optim.swa_utils.AveragedModel(
             model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay), use_buffers=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10) if amp_dtype == torch.float16 else None
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "averaged": averaged, "scaler": scaler}
-    parts = {name: part for name, part in parts.items() if part is not None}
+    parts = {name: part for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler),
+                                           ("averaged", averaged), ("scaler", scaler)) if part is not None}
     run = _describe_run(model, optimizer, loss_function, scheduler, epochs=epochs, seed=seed, ema_decay=ema_decay,
                         select=select, max_norm=max_norm, augment=_name(augment),
                         **{f"settings.{key}": value for key, value in (settings or {}).items()})
@@ -1013,8 +1013,7 @@ def published_scores(team_id, host=DEFAULT_HOST):
             for row in re.findall(r"\{\s*(team:\s*'[^']*'(?:,\s*\w+:\s*'[^']*')*),?\s*\}", page)]
     table = pd.DataFrame(rows, columns=list(fields)).rename(columns=fields)
     table = table[table["team"] == team_id].drop(columns="team").reset_index(drop=True)
-    scores = ["accuracy", "f1", "auc", "ap"]
-    return table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in scores})
+    return table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in ("accuracy", "f1", "auc", "ap")})
 
 
 def leaderboard_password():

@@ -582,7 +582,7 @@ def test_killed_program_leaves_nothing_that_looks_whole(demo_folder, demo_h5, tm
 
 
 @pytest.mark.parametrize("owner, name, at", [
-    (h5py.File, "create_dataset", 1), *((h5py.Dataset, "__setitem__", at) for at in (1, 2, 3, 4)),
+    (h5py.File, "create_dataset", 1), *((helpers, "preprocess_ecg", at) for at in (1, 2, 3, 4)),
     (h5py.File, "close", 1), (os, "replace", 1)], ids=lambda value: getattr(value, "__name__", str(value)))
 def test_kill_at_any_step(records, tmp_path, owner, name, at):
     """Killed before, at and after each exam, at closing or renaming: no file; the next build is an undisturbed one."""
@@ -592,14 +592,15 @@ def test_kill_at_any_step(records, tmp_path, owner, name, at):
     np.testing.assert_array_equal(tracings(helpers.build_h5(records[0], target, workers=1)), records[1])
 
 
-def test_disk_full_leaves_nothing(records, tmp_path, monkeypatch):
+@pytest.mark.parametrize("owner, name", [(h5py.Dataset, "__setitem__"), (helpers, "open")], ids=["first", "later"])
+def test_disk_full_leaves_nothing(records, tmp_path, monkeypatch, owner, name):
     """A write that fails with ENOSPC ends the build with that error and no file; with room the build succeeds."""
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(h5py.Dataset, "__setitem__", full)
+        patch.setattr(owner, name, full, raising=False)
         with pytest.raises(OSError, match="No space left"):
-            helpers.build_h5(records[0], tmp_path / "train.h5", workers=2)
+            helpers.build_h5(records[0], tmp_path / "train.h5", workers=1 if helpers.START_METHOD == "spawn" else 2)
     assert not os.listdir(tmp_path)
     np.testing.assert_array_equal(tracings(helpers.build_h5(records[0], tmp_path / "train.h5", 1)), records[1])
 
@@ -632,10 +633,10 @@ def test_killed_worker_ends_the_build(records, tmp_path, monkeypatch):
         pytest.skip("the fault is planted by forking")
     prepare, victim = helpers._prepare_record, sorted(path.stem for path in records[0].parent.glob("*.hea"))[0]
 
-    def mortal(path):
-        if path.endswith(victim):
+    def mortal(job):
+        if job[0].endswith(victim):
             os.kill(os.getpid(), 9)
-        return prepare(path)
+        return prepare(job)
     mortal.__qualname__ = mortal.__name__ = "_prepare_record"
     mortal.__module__ = helpers.__name__
     monkeypatch.setattr(helpers, "_prepare_record", mortal)
