@@ -1,11 +1,14 @@
 """What each idea of the final network is worth, over five patient folds of real ECGs.
 
-    python tests/ablation.py --real PATH --work FOLDER [--variants final no_normalisation ...] [--folds 0 1 2 3 4]
+    python tests/ablation.py --real PATH --work FOLDER [--variants final no_normalisation ...] [--folds 0 1 2 3 4] [--disturbed]
 
 PATH: a codesubset/ folder or an archive of one; only its training exams are used. Each variant is trained on four
 fifths of the patients and scored on the fifth; AP and F1 are weighted to 50 % AF. F1 is at the threshold that the
 *other* folds' out-of-fold logits give, so no exam takes part in its own decision. Finished trainings are kept in
 FOLDER, so the table can be completed in several sittings. Models and recipe are read from the notebook.
+
+--disturbed adds a second table: the finished variants on the same held-out exams, disturbed as other recorders and
+restless patients would, at the decision of the undisturbed exams.
 """
 import argparse
 import ast
@@ -19,6 +22,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import torch
+from scipy import signal as dsp
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
 
@@ -157,6 +161,51 @@ def summary(name, data, results):
             "s a fold": round(np.mean([r["seconds"] for r in results.values()]))}
 
 
+def disturbed(x, rng):
+    """name -> exams (n, 4096, 8) changed as other recorders and restless patients would; sizes in mV."""
+    n, length, leads = x.shape
+    seconds, exam, lead = np.arange(length)[None, :, None] / ecg.SAMPLE_RATE, np.arange(n), rng.integers(0, leads, n)
+    recorded = (x != 0).any(axis=2, keepdims=True)
+
+    def filtered(signal, hertz, kind):
+        return dsp.sosfiltfilt(dsp.butter(2, hertz, kind, fs=ecg.SAMPLE_RATE, output="sos"), signal, axis=1)
+
+    muscles = filtered(rng.standard_normal(x.shape), (20, 100), "bandpass")
+    muscles /= muscles.std()
+    wander = np.sin(2 * np.pi * (rng.uniform(0.8, 2, (n, 1, 1)) * seconds + rng.random((n, 1, leads))))
+    one = np.zeros((n, 1, leads))
+    one[exam, :, lead] = 1
+    start = rng.uniform(1, 8, (n, 1, 1))
+    jump = np.where(seconds >= start, np.exp(np.minimum(start - seconds, 0) / 0.2), 0)
+    short = (seconds >= 1.6) & (seconds < 8.6)
+    changed = {"as recorded": x, "twice the gain": 2 * x, "only below 25 Hz": filtered(x, 25, "lowpass"),
+               "only above 2 Hz": filtered(x, 2, "highpass"), "muscles, 0.1 mV": x + 0.1 * muscles,
+               "hum of 50 Hz, 0.1 mV": x + 0.1 * np.sin(2 * np.pi * (50 * seconds + rng.random((n, 1, 1)))),
+               "wander of 0.8-2 Hz, 0.15 mV": x + 0.15 * wander, "a dead lead": x * (1 - one),
+               "a noisy lead, 0.5 mV": x + 0.5 * muscles * one, "a jump of 4 mV in a lead": x + 4 * jump * one, "7 s": x * short}
+    return {name: (signal * recorded).astype(np.float32) for name, signal in changed.items()}
+
+
+def disturbed_table(names, choices, data, work):
+    """AUROC (mean of the folds) and F1 (all folds together) of the variants on disturbed exams."""
+    columns = {}
+    for name in names:
+        folds = [k for k in range(5) if (work / "runs" / f"{name}_{k}" / "model.pth").exists()]
+        logits, y = {}, [data["y"][data["folds"][k][1]] for k in folds]
+        for k in folds:
+            model = choices[name][0]()
+            model.load_state_dict(torch.load(work / "runs" / f"{name}_{k}" / "model.pth", weights_only=True))
+            exams = data["tracings"][torch.as_tensor(data["folds"][k][1])].numpy()
+            for change, signal in disturbed(exams, np.random.default_rng(k)).items():
+                logits.setdefault(change, []).append(ecg.predict(model, signal, "cpu"))
+        threshold, _ = ecg.balanced_threshold(np.concatenate(y), np.concatenate(logits["as recorded"]))
+        for change, z in logits.items():
+            scores = [ecg.classification_metrics(a, ecg.to_probability(b - threshold), prevalence=0.5)
+                      for a, b in [*zip(y, z), (np.concatenate(y), np.concatenate(z))]]
+            columns.setdefault(change, {})[name] = f"{np.mean([s['auroc'] for s in scores[:-1]]):.3f} / {scores[-1]['f1']:.3f}"
+    return pd.DataFrame(columns).T
+
+
 def main():
     """Train what is not trained yet and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,6 +214,7 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("ablation"))
     parser.add_argument("--variants", nargs="+", choices=list(choices), default=list(choices))
     parser.add_argument("--folds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--disturbed", action="store_true")
     options = parser.parse_args()
     data, device = load(options.real, options.work), ecg.pick_device()
     for name in options.variants:
@@ -179,13 +229,16 @@ def main():
             logits, seconds, epochs = train_fold(build, data, *data["folds"][k], options.work / "runs" / f"{name}_{k}", device,
                                                  seconds=budget, **settings)
             ecg.write_json(file, {"logits": logits.tolist(), "seconds": seconds, "epochs": epochs})
-    rows = []
+    rows, finished = [], []
     for name in choices:
         files = {k: options.work / "results" / f"{name}_{k}.json" for k in range(5)}
         results = {k: json.loads(file.read_text()) for k, file in files.items() if file.exists()}
         if results:
             rows.append(summary(name, data, results))
+            finished.append(name)
     print(f"device {device}, {torch.get_num_threads()} threads\n" + pd.DataFrame(rows).to_string(index=False))
+    if options.disturbed:
+        print("\nDisturbed exams, AUROC / F1:\n" + disturbed_table(finished, choices, data, options.work).to_string())
 
 
 if __name__ == "__main__":

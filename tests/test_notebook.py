@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from ablation import notebook_definitions
 from embed_helpers import FIRST_LINE, NOTEBOOK, ROOT, embedded_cell
 from leaderboard_server import read_labels, running
 
@@ -228,6 +230,38 @@ def test_prevalence_estimate_finds_the_share(notebook):
         logit = rng.normal(np.where(label, 2.0, -2.0), 2.0)  # log odds of these normals at equal shares: the logit itself
         found = space["estimate_prevalence"](1 / (1 + np.exp(-logit)))
         assert abs(found - share) < 0.03, (share, found)
+
+
+def test_augmentation_keeps_what_it_must():
+    """Same seed, same exams; the input stays as it is; nothing is added where nothing was recorded."""
+    space = notebook_definitions()
+    x = 0.2 * torch.randn(16, 4096, 8)
+    x[:, :500] = 0
+    before = x.clone()
+    for name in ("augment_gain_shift_noise", "add_disturbances", "shorten", "augment_exams"):
+        torch.manual_seed(1)
+        first = space[name](x)
+        torch.manual_seed(1)
+        assert torch.equal(space[name](x), first) and first.shape == x.shape and first.dtype == x.dtype
+        assert torch.isfinite(first).all() and not torch.equal(first, x) and torch.equal(x, before)
+    assert not space["add_disturbances"](x)[:, :500].any()
+    cut = (space["shorten"](torch.ones(200, 4096, 1)) == 0).sum(dim=1)
+    assert cut.min() < 200 and 1000 < cut.max() <= 1200
+
+
+def test_final_network_minds_no_gain_and_no_bad_lead():
+    """The same logit for twice the gain; a lead of 100 mV noise changes the size of the others by little; zeros are no fault."""
+    torch.manual_seed(0)
+    net = notebook_definitions()["AFNet"]().eval()
+    seen = []
+    net.features.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = 0.2 * torch.randn(4, 4096, 8)
+    with torch.no_grad():
+        assert torch.allclose(net(x), net(2 * x), atol=0.05) and torch.isfinite(net(torch.zeros(1, 4096, 8))).all()
+        x[:, :, 5] = 100 * torch.randn(4, 4096)
+        net(x)
+    leads = seen[-1].squeeze(2).std(dim=2)  # (exams, leads)
+    assert 0.15 < leads[:, :5].min() and leads.max() <= 2.01
 
 
 def test_unknown_experiment_is_refused(notebook):
