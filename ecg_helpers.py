@@ -681,7 +681,7 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
 
 @torch.no_grad()
 def eval_loop(epoch, dataloader, model, loss_function, device, *, amp_dtype=None):
-    """Evaluate `model` without gradients; the parameters are those of `train_loop`.
+    """Evaluate `model` without gradients; parameters as in `train_loop`.
 
     Returns the mean loss per exam (float), the probabilities of AF (n, 1) float64 and the targets (n, 1).
     """
@@ -705,12 +705,13 @@ def to_probability(logits):
 
 
 @torch.no_grad()
-def predict(model, traces, device, batch_size=32, amp_dtype=None, shifts=(0,)):
+def predict(model, traces, device, batch_size=None, amp_dtype=None, shifts=(0,)):
     """Logits (n,) float64 of `traces`, an h5py dataset, array or tensor (n, 4096, 8), batch by batch.
 
     `shifts`: samples by which each exam is moved (circularly); the logits are averaged over them.
     """
     device, logits = torch.device(device), []
+    batch_size = batch_size or (16 if device.type == "cpu" else 256)  # 16 exams suit a CPU's cache
     model.eval()
     for start in progress(range(0, len(traces), batch_size), "predict"):
         batch = torch.as_tensor(traces[start:start + batch_size]).to(device, torch.float32)
