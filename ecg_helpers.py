@@ -445,7 +445,7 @@ def _prepare_record(job):
     try:
         signal, rate, leads = read_ecg(path)
         tracing = preprocess_ecg(signal, rate, leads).astype("<f4").T
-        with open(h5_file, "r+b") as file:  # each worker writes its own: pipes would cost more than the filters
+        with open(h5_file, "r+b") as file:  # its own place in the file: nothing goes through a pipe
             file.seek(place)
             file.write(tracing.tobytes())
         raw = order_leads(signal, leads)

@@ -161,7 +161,7 @@ def summary(name, data, results):
             "s a fold": round(np.mean([r["seconds"] for r in results.values()]))}
 
 
-def disturbed(x, rng):
+def disturb(x, rng):
     """name -> exams (n, 4096, 8) changed as other recorders and restless patients would; sizes in mV."""
     n, length, leads = x.shape
     seconds, exam, lead = np.arange(length)[None, :, None] / ecg.SAMPLE_RATE, np.arange(n), rng.integers(0, leads, n)
@@ -196,7 +196,7 @@ def disturbed_table(names, choices, data, work):
             model = choices[name][0]()
             model.load_state_dict(torch.load(work / "runs" / f"{name}_{k}" / "model.pth", weights_only=True))
             exams = data["tracings"][torch.as_tensor(data["folds"][k][1])].numpy()
-            for change, signal in disturbed(exams, np.random.default_rng(k)).items():
+            for change, signal in disturb(exams, np.random.default_rng(k)).items():
                 logits.setdefault(change, []).append(ecg.predict(model, signal, "cpu"))
         threshold, _ = ecg.balanced_threshold(np.concatenate(y), np.concatenate(logits["as recorded"]))
         for change, z in logits.items():
