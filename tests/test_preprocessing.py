@@ -640,7 +640,7 @@ def test_killed_worker_ends_the_build(records, tmp_path, monkeypatch):
     mortal.__qualname__ = mortal.__name__ = "_prepare_record"
     mortal.__module__ = helpers.__name__
     monkeypatch.setattr(helpers, "_prepare_record", mortal)
-    monkeypatch.setattr(helpers._from_pool, "__defaults__", (2,))
+    monkeypatch.setattr(helpers._from_pool, "__defaults__", (16, 2))
     with pytest.raises(RuntimeError, match="worker process killed"):
         helpers.build_h5(records[0], tmp_path / "train.h5", workers=2)
     assert list(tmp_path.glob("train.h5*")) == []
