@@ -352,10 +352,10 @@ def _read_plain_record(path):
     digital = np.fromfile(Path(path).parent / specs[0][1], dtype="<i2", count=n_leads * n_samples)
     if len(digital) < n_leads * n_samples or n_samples == 0:
         raise ValueError(f"{specs[0][1]} is truncated: {len(digital) // n_leads} of {n_samples} samples")
-    digital = digital.reshape(n_samples, n_leads).T
+    digital = np.ascontiguousarray(digital.reshape(n_samples, n_leads).T)
     gain, baseline = (np.array([float(s[i]) for s in specs])[:, None] for i in (2, 3))
     signal = (digital - baseline) / gain
-    signal[digital == -32768] = np.nan  # WFDB's mark of an invalid sample
+    np.putmask(signal, digital == -32768, np.nan)  # WFDB's mark of an invalid sample
     return signal, float(head[2]), [s[4] for s in specs]
 
 
@@ -453,7 +453,7 @@ def _prepare_record(job):
         live = finite.any(axis=1)  # leads with at least one finite sample
         notes = {"NaN samples interpolated": not finite[live].all(),
                  "a lead without finite samples set to zero": not live.all(),
-                 "a flat lead kept": (np.ptp(filled, axis=1)[live] == 0).any(),
+                 "a flat lead kept": (filled[live, :1] == filled[live]).all(axis=1).any(),
                  "60 Hz filter skipped (rate too low)": rate <= 120}
         return [note for note, applies in notes.items() if applies], None
     except ValueError as error:
