@@ -210,7 +210,7 @@ def setup(network, device, steps=0, fused=False):
         return model, torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4, fused=fused), loss, {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2, fused=fused)
     return model, optimizer, loss, {
-        "augment": space["augment_gain_shift_noise"], "max_norm": 1.0,
+        "augment": space["augment_exams"], "max_norm": 1.0,
         "averaged": AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=True),
         "scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(steps, 5), pct_start=0.25)}
 
@@ -320,7 +320,7 @@ def train_ours(h5_file):
     order = np.random.default_rng(0).permutation(n)
     with tempfile.TemporaryDirectory() as run_dir:
         train_fold(space["AFNet"], {"tracings": tracings, "y": np.arange(n) % 2}, order[:160], order[-n // 5:], Path(run_dir),
-                   CPU, augment=space["augment_gain_shift_noise"], epochs=1)
+                   CPU, augment=space["augment_exams"], epochs=1)
 
 
 def train_original(h5_file):
