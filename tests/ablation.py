@@ -1,10 +1,12 @@
 """What each idea of the final network is worth, over five patient folds of real ECGs.
 
-    python tests/ablation.py --real PATH --work FOLDER [--variants final no_normalisation ...] [--folds 0 1 2 3 4] [--disturbed]
+    python tests/ablation.py --real PATH --work FOLDER [--variants final no_normalisation ...] [--folds 0 1 2 3 4]
+                             [--seeds 42 43 44] [--disturbed]
 
 PATH: a codesubset/ folder or an archive of one; only its training exams are used. Each variant is trained on four
 fifths of the patients and scored on the fifth; AP and F1 are weighted to 50 % AF. F1 is at the threshold that the
-*other* folds' out-of-fold logits give, so no exam takes part in its own decision. Finished trainings are kept in
+*other* folds' out-of-fold logits (of the same seed) give, so no exam takes part in its own decision. The last column
+compares fold by fold and seed by seed with the final network, where both were trained. Finished trainings are kept in
 FOLDER, so the table can be completed in several sittings. Models and recipe are read from the notebook.
 
 --disturbed adds a second table: the finished variants on the same held-out exams, disturbed as other recorders and
@@ -16,6 +18,7 @@ import json
 import sys
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import h5py
@@ -27,6 +30,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
+SEEDS = (42,)
 sys.path.insert(0, str(ROOT))
 
 import ecg_helpers as ecg  # noqa: E402
@@ -145,20 +149,31 @@ def load(real, work):
     return {"tracings": tracings, "y": y, "folds": [(a, b) for a, b in folds]}
 
 
-def summary(name, data, results):
-    """One row: mean (lowest - highest) over folds, F1 at the threshold of the other folds."""
-    y, rows = data["y"], []
-    for k, result in results.items():
-        valid = data["folds"][k][1]
-        others = [j for j in results if j != k] or [k]
-        threshold, _ = ecg.balanced_threshold(np.concatenate([y[data["folds"][j][1]] for j in others]),
-                                              np.concatenate([results[j]["logits"] for j in others]))
-        logits = np.array(result["logits"])
-        rows.append(ecg.classification_metrics(y[valid], ecg.to_probability(logits - threshold), prevalence=0.5))
-    table = pd.DataFrame(rows)[["auroc", "ap", "f1"]]
+def place(name, k, seed):
+    """Name of a training's files; the first seed's carry no seed."""
+    return f"{name}_{k}" + (f"_seed{seed}" if seed != SEEDS[0] else "")
+
+
+def scored(data, results):
+    """Metrics of each finished training, a DataFrame indexed by (seed, fold); F1 at the threshold of the other folds."""
+    y, rows = data["y"], {}
+    for seed, k in results:
+        others = [(s, j) for s, j in results if s == seed and j != k] or [(seed, k)]
+        threshold, _ = ecg.balanced_threshold(np.concatenate([y[data["folds"][j][1]] for _, j in others]),
+                                              np.concatenate([results[other]["logits"] for other in others]))
+        probability = ecg.to_probability(np.array(results[seed, k]["logits"]) - threshold)
+        rows[seed, k] = ecg.classification_metrics(y[data["folds"][k][1]], probability, prevalence=0.5)
+    return pd.DataFrame(rows).T[["auroc", "ap", "f1"]]
+
+
+def summary(name, table, final, results):
+    """One row: mean (lowest - highest) over trainings, and the difference of the same seeds' and folds' F1 to `final`."""
     cells = {key: f"{table[key].mean():.4f} ({table[key].min():.3f}-{table[key].max():.3f})" for key in table}
-    return {"variant": name, "folds": len(rows), **cells, "epochs": results[min(results)]["epochs"],
-            "s a fold": round(np.mean([r["seconds"] for r in results.values()]))}
+    gap = (table["f1"] - final["f1"]).dropna()
+    return {"variant": name, "folds": table.index.get_level_values(1).nunique(), "seeds": table.index.get_level_values(0).nunique(),
+            **cells, "epochs": next(iter(results.values()))["epochs"],
+            "s a fold": round(np.mean([r["seconds"] for r in results.values()])),
+            "F1 less final's": f"{gap.mean():+.3f}, higher in {(gap > 0).sum()} of {len(gap)}"}
 
 
 def disturb(x, rng):
@@ -186,15 +201,16 @@ def disturb(x, rng):
     return {name: (signal * recorded).astype(np.float32) for name, signal in changed.items()}
 
 
-def disturbed_table(names, choices, data, work):
-    """AUROC (mean of the folds) and F1 (all folds together) of the variants on disturbed exams."""
+def disturbed_table(names, choices, data, work, seeds):
+    """AUROC (mean of the trainings) and F1 (all together) of the variants on disturbed exams."""
     columns = {}
     for name in names:
-        folds = [k for k in range(5) if (work / "runs" / f"{name}_{k}" / "model.pth").exists()]
-        logits, y = {}, [data["y"][data["folds"][k][1]] for k in folds]
-        for k in folds:
+        files = {(k, seed): work / "runs" / place(name, k, seed) / "model.pth" for k in range(5) for seed in seeds}
+        files = {key: file for key, file in files.items() if file.exists()}
+        logits, y = {}, [data["y"][data["folds"][k][1]] for k, _ in files]
+        for (k, _), file in files.items():
             model = choices[name][0]()
-            model.load_state_dict(torch.load(work / "runs" / f"{name}_{k}" / "model.pth", weights_only=True))
+            model.load_state_dict(torch.load(file, weights_only=True))
             exams = data["tracings"][torch.as_tensor(data["folds"][k][1])].numpy()
             for change, signal in disturb(exams, np.random.default_rng(k)).items():
                 logits.setdefault(change, []).append(ecg.predict(model, signal, "cpu"))
@@ -214,31 +230,30 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("ablation"))
     parser.add_argument("--variants", nargs="+", choices=list(choices), default=list(choices))
     parser.add_argument("--folds", nargs="+", type=int, default=range(5))
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--disturbed", action="store_true")
     options = parser.parse_args()
     data, device = load(options.real, options.work), ecg.pick_device()
-    for name in options.variants:
-        build, settings = choices[name]
-        for k in options.folds:
-            file = options.work / "results" / f"{name}_{k}.json"
-            if file.exists():
-                continue
-            print(f"--- {name}, fold {k}", flush=True)
-            final = options.work / "results" / f"final_{k}.json"
-            budget = json.loads(final.read_text())["seconds"] if settings.get("same_time") else None
-            logits, seconds, epochs = train_fold(build, data, *data["folds"][k], options.work / "runs" / f"{name}_{k}", device,
-                                                 seconds=budget, **settings)
-            ecg.write_json(file, {"logits": logits.tolist(), "seconds": seconds, "epochs": epochs})
-    rows, finished = [], []
+    for name, seed, k in product(options.variants, options.seeds, options.folds):
+        (build, settings), file = choices[name], options.work / "results" / f"{place(name, k, seed)}.json"
+        if file.exists():
+            continue
+        print(f"--- {name}, fold {k}, seed {seed}", flush=True)
+        final = options.work / "results" / f"{place('final', k, seed)}.json"
+        budget = json.loads(final.read_text())["seconds"] if settings.get("same_time") else None
+        logits, seconds, epochs = train_fold(build, data, *data["folds"][k], options.work / "runs" / place(name, k, seed), device,
+                                             seconds=budget, seed=seed, **settings)
+        ecg.write_json(file, {"logits": logits.tolist(), "seconds": seconds, "epochs": epochs})
+    rows, tables = [], {}
     for name in choices:
-        files = {k: options.work / "results" / f"{name}_{k}.json" for k in range(5)}
-        results = {k: json.loads(file.read_text()) for k, file in files.items() if file.exists()}
+        files = {(seed, k): options.work / "results" / f"{place(name, k, seed)}.json" for seed in options.seeds for k in range(5)}
+        results = {key: json.loads(file.read_text()) for key, file in files.items() if file.exists()}
         if results:
-            rows.append(summary(name, data, results))
-            finished.append(name)
+            tables[name] = scored(data, results)
+            rows.append(summary(name, tables[name], tables.get("final", tables[name]), results))
     print(f"device {device}, {torch.get_num_threads()} threads\n" + pd.DataFrame(rows).to_string(index=False))
     if options.disturbed:
-        print("\nDisturbed exams, AUROC / F1:\n" + disturbed_table(finished, choices, data, options.work).to_string())
+        print("\nDisturbed exams, AUROC / F1:\n" + disturbed_table(tables, choices, data, options.work, options.seeds).to_string())
 
 
 if __name__ == "__main__":
