@@ -464,9 +464,9 @@ def _prepare_records(jobs):
     return [_prepare_record(job) for job in jobs]
 
 
-def _from_pool(pool, jobs, portion=16, patience=120):
+def _from_pool(pool, jobs, portion, patience=120):
     """Results in order; a pool whose worker was killed would wait for ever, so wait `patience` seconds at most."""
-    portions = [jobs[i:i + portion] for i in range(0, len(jobs), portion)]  # one by one they would take a third longer
+    portions = [jobs[i:i + portion] for i in range(0, len(jobs), portion)]  # one by one: a third longer
     results = pool.imap(_prepare_records, portions)
     for (path, *_), *_ in portions:
         try:
@@ -528,8 +528,8 @@ def build_h5(records_file, h5_file, workers=None):
             tracings[-1:] = np.zeros((1, N_SAMPLES, len(LEADS)))  # the first write reserves the room of all
             place, size = tracings.id.get_offset(), tracings[-1].nbytes
         jobs = [(str(records_file.parent / name), str(part), place + i * size) for i, name in enumerate(names)]
-        results = _from_pool(pool, jobs) if workers > 1 else map(_prepare_record, jobs)
-        for notes, error in progress(results, "preprocess", len(names), "exam"):
+        done = _from_pool(pool, jobs, min(16, len(jobs) // workers)) if workers > 1 else map(_prepare_record, jobs)
+        for notes, error in progress(done, "preprocess", len(names), "exam"):
             remarks.update(notes)
             bad += [error] if error else []
         with h5py.File(part, "r+") as file:

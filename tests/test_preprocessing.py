@@ -400,6 +400,14 @@ def test_build(records, tmp_path, monkeypatch, workers, method):
     assert os.listdir(target.parent) == ["train.h5"]
 
 
+@pytest.mark.parametrize("workers", [2, 5])
+def test_portions(demo_folder, demo_h5, tmp_path, capsys, workers):
+    """48 exams in three portions of 16 and in six, the last one short: every exam in its place."""
+    target = helpers.build_h5(demo_folder / "train" / "RECORDS.txt", tmp_path / "train.h5", workers=workers)
+    np.testing.assert_array_equal(tracings(target), tracings(demo_h5))
+    assert "48 exams in " in capsys.readouterr().out
+
+
 def test_finished_file_is_kept(records, tmp_path, capsys):
     """A second call reads the file only, and says so."""
     target = helpers.build_h5(records[0], tmp_path / "train.h5", workers=1)
@@ -640,7 +648,7 @@ def test_killed_worker_ends_the_build(records, tmp_path, monkeypatch):
     mortal.__qualname__ = mortal.__name__ = "_prepare_record"
     mortal.__module__ = helpers.__name__
     monkeypatch.setattr(helpers, "_prepare_record", mortal)
-    monkeypatch.setattr(helpers._from_pool, "__defaults__", (16, 2))
+    monkeypatch.setattr(helpers._from_pool, "__defaults__", (2,))
     with pytest.raises(RuntimeError, match="worker process killed"):
         helpers.build_h5(records[0], tmp_path / "train.h5", workers=2)
     assert list(tmp_path.glob("train.h5*")) == []
