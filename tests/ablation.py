@@ -95,7 +95,7 @@ def rms_size(net):
 def variants(space):
     """name -> (model factory, settings of `train_fold`)."""
     net, full = space["AFNet"], {"augment": space["augment_exams"]}
-    undisturbed = {"augment": space["augment_gain_shift_noise"]}
+    plain, undisturbed = partial(net, residual=False), {"augment": space["augment_gain_shift_noise"]}
     original = dict(recipe="original", same_time=True)
     return {
         "final": (net, full),
@@ -103,9 +103,11 @@ def variants(space):
         "no_disturbances_rms_size": (partial(rms_size, net), undisturbed),
         "no_augmentation": (net, {"augment": None}),
         "no_normalisation": (partial(net, normalize=False), full),
-        "no_residual_no_gate": (partial(net, residual=False), full),
+        "no_residual_no_gate": (plain, full),
+        "no_residual_no_normalisation": (partial(plain, normalize=False), full),
+        "no_residual_no_augmentation": (plain, {"augment": None}),
         "no_weight_averaging": (net, {**full, "averaging": False}),
-        "plain_exp1": (partial(net, residual=False, normalize=False), dict(recipe="original", epochs=20, batch_size=32)),
+        "plain_exp1": (partial(plain, normalize=False), dict(recipe="original", epochs=20, batch_size=32)),
         "four_conv_same_time": (space["Model"], {**original, "batch_size": 16}),
         "ribeiro_same_time": (RibeiroNet, {**original, "batch_size": 32}),
     }
