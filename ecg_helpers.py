@@ -464,16 +464,17 @@ def _prepare_records(jobs):
     return [_prepare_record(job) for job in jobs]
 
 
-def _from_pool(pool, jobs, portion, patience=120):
+def _from_pool(pool, jobs, workers, patience=120):
     """Results in order; a pool whose worker was killed would wait for ever, so wait `patience` seconds at most."""
-    portions = [jobs[i:i + portion] for i in range(0, len(jobs), portion)]  # one by one: a third longer
+    size = min(16, len(jobs) // workers)  # handing the jobs over one by one, all would take a third longer
+    portions = [jobs[i:i + size] for i in range(0, len(jobs), size)]
     results = pool.imap(_prepare_records, portions)
-    for (path, *_), *_ in portions:
+    for portion in portions:
         try:
             yield from results.next(timeout=patience)
         except multiprocessing.TimeoutError:
-            raise RuntimeError(f"no answer for record {path} and the next in {patience} s: was a worker process killed "
-                               "(out of memory)? Run the cell again, or call build_h5 with workers=1.") from None
+            raise RuntimeError(f"no answer for record {portion[0][0]} and the next in {patience} s: was a worker process "
+                               "killed (out of memory)? Run the cell again, or call build_h5 with workers=1.") from None
 
 
 def data_fingerprint(records_file):
@@ -528,8 +529,8 @@ def build_h5(records_file, h5_file, workers=None):
             tracings[-1:] = np.zeros((1, N_SAMPLES, len(LEADS)))  # the first write reserves the room of all
             place, size = tracings.id.get_offset(), tracings[-1].nbytes
         jobs = [(str(records_file.parent / name), str(part), place + i * size) for i, name in enumerate(names)]
-        done = _from_pool(pool, jobs, min(16, len(jobs) // workers)) if workers > 1 else map(_prepare_record, jobs)
-        for notes, error in progress(done, "preprocess", len(names), "exam"):
+        results = _from_pool(pool, jobs, workers) if workers > 1 else map(_prepare_record, jobs)
+        for notes, error in progress(results, "preprocess", len(names), "exam"):
             remarks.update(notes)
             bad += [error] if error else []
         with h5py.File(part, "r+") as file:
@@ -833,8 +834,7 @@ def _describe_run(model, optimizer, loss_function, scheduler, **settings):
 
 def _save_checkpoint(run_dir, state):
     """Write the checkpoint whole; the one before stays as checkpoint.previous.pt."""
-    path = run_dir / "checkpoint.pt"
-    with whole_file(path) as part:
+    with whole_file(path := run_dir / "checkpoint.pt") as part:
         torch.save(state, part)
         if path.exists():
             os.replace(path, run_dir / "checkpoint.previous.pt")

@@ -30,7 +30,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-SEEDS = (42,)
+SEED = 42  # where no other is asked for
 sys.path.insert(0, str(ROOT))
 
 import ecg_helpers as ecg  # noqa: E402
@@ -114,7 +114,7 @@ def variants(space):
 
 
 def train_fold(build, data, train, valid, folder, device, *, recipe="final", augment=None, averaging=True, epochs=30,
-               batch_size=32, same_time=False, seconds=None, seed=42):
+               batch_size=32, same_time=False, seconds=None, seed=SEED):
     """Train on `train`, return the logits of `valid` and the seconds of training."""
     torch.manual_seed(seed)
     model = build().to(device)
@@ -151,12 +151,12 @@ def load(real, work):
     return {"tracings": tracings, "y": y, "folds": [(a, b) for a, b in folds]}
 
 
-def place(name, k, seed):
-    """Name of a training's files; the first seed's carry no seed."""
-    return f"{name}_{k}" + (f"_seed{seed}" if seed != SEEDS[0] else "")
+def training_name(variant, k, seed):
+    """Name of the files of one training."""
+    return f"{variant}_{k}" + (f"_seed{seed}" if seed != SEED else "")
 
 
-def scored(data, results):
+def metrics_table(data, results):
     """Metrics of each finished training, a DataFrame indexed by (seed, fold); F1 at the threshold of the other folds."""
     y, rows = data["y"], {}
     for seed, k in results:
@@ -205,23 +205,24 @@ def disturb(x, rng):
 
 def disturbed_table(names, choices, data, work, seeds):
     """AUROC (mean of the trainings) and F1 (all together) of the variants on disturbed exams."""
-    columns = {}
-    for name in names:
-        files = {(k, seed): work / "runs" / place(name, k, seed) / "model.pth" for k in range(5) for seed in seeds}
-        files = {key: file for key, file in files.items() if file.exists()}
-        logits, y = {}, [data["y"][data["folds"][k][1]] for k, _ in files]
-        for (k, _), file in files.items():
+    pairs = {}  # (change, variant) -> labels and logits of each training's held-out exams
+    for k, (_, held_out) in enumerate(data["folds"]):
+        files = {(name, seed): work / "runs" / training_name(name, k, seed) / "model.pth" for name, seed in product(names, seeds)}
+        changed = disturb(data["tracings"][torch.as_tensor(held_out)].numpy(), np.random.default_rng(k))
+        for (name, _), file in files.items():
+            if not file.exists():
+                continue
             model = choices[name][0]()
             model.load_state_dict(torch.load(file, weights_only=True))
-            exams = data["tracings"][torch.as_tensor(data["folds"][k][1])].numpy()
-            for change, signal in disturb(exams, np.random.default_rng(k)).items():
-                logits.setdefault(change, []).append(ecg.predict(model, signal, "cpu"))
-        threshold, _ = ecg.balanced_threshold(np.concatenate(y), np.concatenate(logits["as recorded"]))
-        for change, z in logits.items():
-            scores = [ecg.classification_metrics(a, ecg.to_probability(b - threshold), prevalence=0.5)
-                      for a, b in [*zip(y, z), (np.concatenate(y), np.concatenate(z))]]
-            columns.setdefault(change, {})[name] = f"{np.mean([s['auroc'] for s in scores[:-1]]):.3f} / {scores[-1]['f1']:.3f}"
-    return pd.DataFrame(columns).T
+            for change, signal in changed.items():
+                pairs.setdefault((change, name), []).append((data["y"][held_out], ecg.predict(model, signal, "cpu")))
+    table = pd.DataFrame()
+    for (change, name), trainings in pairs.items():
+        threshold, _ = ecg.balanced_threshold(*map(np.concatenate, zip(*pairs["as recorded", name])))
+        scores = [ecg.classification_metrics(y, ecg.to_probability(z - threshold), prevalence=0.5)
+                  for y, z in [*trainings, tuple(map(np.concatenate, zip(*trainings)))]]
+        table.loc[change, name] = f"{np.mean([s['auroc'] for s in scores[:-1]]):.3f} / {scores[-1]['f1']:.3f}"
+    return table
 
 
 def main():
@@ -232,26 +233,26 @@ def main():
     parser.add_argument("--work", type=Path, default=Path("ablation"))
     parser.add_argument("--variants", nargs="+", choices=list(choices), default=list(choices))
     parser.add_argument("--folds", nargs="+", type=int, default=range(5))
-    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[SEED])
     parser.add_argument("--disturbed", action="store_true")
     options = parser.parse_args()
     data, device = load(options.real, options.work), ecg.pick_device()
     for name, seed, k in product(options.variants, options.seeds, options.folds):
-        (build, settings), file = choices[name], options.work / "results" / f"{place(name, k, seed)}.json"
+        (build, settings), file = choices[name], options.work / "results" / f"{training_name(name, k, seed)}.json"
         if file.exists():
             continue
         print(f"--- {name}, fold {k}, seed {seed}", flush=True)
-        final = options.work / "results" / f"{place('final', k, seed)}.json"
+        final = options.work / "results" / f"{training_name('final', k, seed)}.json"
         budget = json.loads(final.read_text())["seconds"] if settings.get("same_time") else None
-        logits, seconds, epochs = train_fold(build, data, *data["folds"][k], options.work / "runs" / place(name, k, seed), device,
+        logits, seconds, epochs = train_fold(build, data, *data["folds"][k], options.work / "runs" / training_name(name, k, seed), device,
                                              seconds=budget, seed=seed, **settings)
         ecg.write_json(file, {"logits": logits.tolist(), "seconds": seconds, "epochs": epochs})
     rows, tables = [], {}
     for name in choices:
-        files = {(seed, k): options.work / "results" / f"{place(name, k, seed)}.json" for seed in options.seeds for k in range(5)}
+        files = {(seed, k): options.work / "results" / f"{training_name(name, k, seed)}.json" for seed in options.seeds for k in range(5)}
         results = {key: json.loads(file.read_text()) for key, file in files.items() if file.exists()}
         if results:
-            tables[name] = scored(data, results)
+            tables[name] = metrics_table(data, results)
             rows.append(summary(name, tables[name], tables.get("final", tables[name]), results))
     print(f"device {device}, {torch.get_num_threads()} threads\n" + pd.DataFrame(rows).to_string(index=False))
     if options.disturbed:
