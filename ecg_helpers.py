@@ -1,32 +1,48 @@
 """Reusable parts of the AF assignment: data, preprocessing, training, metrics, leaderboard.
 
-The notebook tells the story and holds the models and figures. The order here is the data's way:
-fetch_codesubset > build_h5 > load_labels, split_by_patient > fit (train_loop, eval_loop) > predict >
-classification_metrics, balanced_threshold > submission_probabilities > submit. Everything is written beside its
-place and renamed when whole, so that a killed run leaves nothing that a later run could take as complete.
+The notebook tells the story and holds the models and figures. The order here is the way of the data:
+fetch_codesubset > build_h5 > load_labels > train_loop, eval_loop > split_by_patient > classification_metrics >
+balanced_threshold > fit > submission_probabilities > submit. Everything is written beside its place and renamed
+when whole, so that a killed run leaves nothing that a later run could take as complete.
 """
+import ast
+import dis
+import glob
 import hashlib
 import html
+import inspect
 import json
+import linecache
 import math
 import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tarfile
+import threading
 import time
+import types
+import uuid
 import zipfile
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, suppress
+from copy import deepcopy
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
+import ecg_plot
+import filelock
 import h5py
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import requests
@@ -42,7 +58,7 @@ from urllib3.util import Retry
 
 LEADS = ("DI", "DII", "V1", "V2", "V3", "V4", "V5", "V6")  # order of the last axis of `tracings`
 SAMPLE_RATE = 400  # Hz, after preprocessing
-N_SAMPLES = 4096   # samples an exam, after preprocessing: 10.24 s
+N_SAMPLES = 4096   # samples per exam, after preprocessing: 10.24 s
 
 COURSE_MIRRORS = (
     "https://www.dropbox.com/s/9zkqa5y5jqakdil/codesubset.tar.gz?dl=1",
@@ -51,38 +67,442 @@ COURSE_MIRRORS = (
 DEFAULT_HOST = "http://hyperion.it.uu.se:5050/"
 
 
-# ---- Small tools: progress as text, whole files only ---------------------------------------------
+# ---- Small tools: progress as text, whole files only, one run at a time ----
 def progress(iterable, label, total=None, unit="batch"):
     """`iterable` with a bar of plain text, which a saved notebook keeps; none where it takes less than 10 s."""
     return tqdm(iterable, f"  {label}", total, unit=unit, delay=10, mininterval=10, ascii=True, file=sys.stdout)
 
 
-@contextmanager
-def whole_file(path):
-    """Yield a temporary path beside `path`; rename it to `path` only if the block ends well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_json(path, content):
-    """Write `content` as JSON, whole or not at all. NaN and infinity are refused."""
-    with whole_file(path) as part:
-        part.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-
-
 def first_ten(names):
-    """'a, b, c' for an error message: at most ten names, then how many more there are."""
+    """'a, b, c' for a message: at most ten names, then how many more there are."""
     names = [str(name) for name in names]
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-# ---- Data: the course's archive, demo data, a folder or any tar archive --------------------------
+_OPEN_PARTS = set()  # temporary files and folders that this process is writing now
+
+
+def _left_by_a_dead_process(part, owner):
+    if owner == os.getpid():
+        return part not in _OPEN_PARTS  # an earlier process had the same number
+    if os.name != "posix":  # elsewhere nobody can be asked without being killed
+        return False
+    try:
+        os.kill(owner, 0)  # signal 0 only asks whether the process exists
+    except (OSError, OverflowError) as error:
+        return not isinstance(error, PermissionError)  # it exists, but belongs to someone else
+    return False
+
+
+@contextmanager
+def unique_part(path):
+    """Yield a temporary path beside `path` for this process alone; what killed processes left there is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(glob.escape(path.name) + ".*-*.part"):
+        owner = old.name[len(path.name) + 1:].partition("-")[0]
+        if owner.isdigit() and _left_by_a_dead_process(old, int(owner)):
+            _remove(old)
+    part = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+    _OPEN_PARTS.add(part)
+    try:
+        yield part
+    finally:
+        _remove(part)
+        _OPEN_PARTS.discard(part)
+
+
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(path):
+    """Yield a temporary path beside `path`; rename it to `path` only if the block ends well."""
+    with unique_part(path) as part:
+        yield part
+        os.replace(part, path)
+
+
+def _move_aside(path):
+    """Rename a file that this notebook may not have written: nothing of others is deleted."""
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.old")
+    os.replace(path, aside)
+    print(f"{path} is kept as {aside.name}.", flush=True)
+
+
+# ---- Small tools: JSON and the lock of a folder ----
+def write_json(path, content):
+    """Write `content` as JSON, whole or not at all; NaN and infinity become null."""
+    with whole_file(path) as part:
+        part.write_text(json.dumps(_finite(content), indent=1, allow_nan=False), encoding="utf-8")
+
+
+def _finite(content):
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    if isinstance(content, np.generic):
+        content = content.item()
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def lock_folder(folder):
+    """Take the lock of a folder: one run at a time writes into it. Returns the lock; keep it while you write.
+
+    The operating system opens it when the process ends, however it ends. RuntimeError: another process holds it.
+    """
+    folder = Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock", timeout=0, is_singleton=True)  # taken twice by one process: harmless
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise RuntimeError(f"{folder} is in use by another run of this notebook: wait until it has ended, shut its "
+                           "kernel down, or choose another ECG_WORK.") from None
+    except (NotImplementedError, OSError) as error:  # some network drives know no locks
+        print(f"{folder} cannot be locked ({error}): take care that only one run uses it.", flush=True)
+    return lock
+
+
+def claim_folder(folder, fingerprint, source):
+    """Note in `folder`/data.json which data its results come from; ValueError where it holds results of others."""
+    note = Path(folder) / "data.json"
+    if not note.exists():
+        write_json(note, {"data": fingerprint, "source": str(source)})
+    known = json.loads(note.read_text(encoding="utf-8"))
+    if known["data"] != fingerprint:
+        raise ValueError(f"{folder} holds results of other data ({known['source']}). Choose another ECG_WORK, or give "
+                         f"those data as ECG_DATA. If you repaired these data on purpose, remove {note}.")
+
+
+# ---- Device and seed ----
+def pick_device():
+    """CUDA, then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def mixed_precision(device):
+    """The type for torch.autocast: bfloat16 or float16 on CUDA as the card allows, None elsewhere."""
+    if torch.device(device).type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+# ---- The settings of the leaderboard ----
+class Secret(str):
+    """A text whose `repr` hides it: neither a cell's output nor a verbose traceback shows it."""
+
+    def __repr__(self):
+        return "'***'"
+
+
+def check_identity(team_id, password, host, demo=False):
+    """The team id without blanks around it; ValueError for what the server would accept but cannot be meant.
+
+    `password` None: not asked for yet. `demo` True: only a server on this machine will do.
+    """
+    team_id, host = (team_id or "").strip(), Secret(host or "")  # "group_7 " would be a new team there
+    if not 1 <= len(team_id) <= 20 or ":" in team_id:
+        raise ValueError(f"the team id must have 1 to 20 characters and no ':', not {team_id!r}")
+    if password is not None and not password:
+        raise ValueError("the password is empty")
+    if "@" in host:  # first of all, so that no message shows what stands before it
+        raise ValueError("LEADERBOARD_HOST must not hold a name or password (the part before '@'): remove it, and set "
+                         "LEADERBOARD_TEAM and LEADERBOARD_PASSWORD")
+    address = urlsplit(host)
+    if address.scheme not in ("http", "https"):
+        raise ValueError("LEADERBOARD_HOST must start with http:// or https://")
+    if demo and address.hostname not in ("localhost", "127.0.0.1", "::1"):
+        raise ValueError("these are predictions of demo data: they go to a rehearsal server on this machine only")
+    return team_id
+
+
+def check_note(note):
+    """ValueError unless the note has 1 to 20 characters."""
+    if not (note or "").strip() or len(note) > 20:
+        raise ValueError(f"the note must have 1 to 20 characters, not {note!r}")
+
+
+#@title What a result depends on: values, functions, classes { display-mode: "form" }
+_NO_EFFECT = {"progress", "first_ten", "write_json", "whole_file", "load_checkpoint", "save_checkpoint", "open_run",
+              "describe_run", "epoch_line", "hint_at_sigmoid", "not_finite"}  # what they do changes no result
+_FOR_SPEED = {"fused", "foreach", "capturable", "differentiable", "decoupled_weight_decay"}  # settings of optimisers
+_OF_EVERY_MODULE = set(vars(torch.nn.Module()))  # hooks, parameters, whether it is training
+_OF_EVERY_SCHEDULE = {"optimizer", "last_epoch", "verbose", "default_min_lr"}
+_PRIVATE_SETTINGS = {"_schedulers", "_milestones", "_schedule_phases", "_anneal_func_type"}
+
+
+class Notes:
+    """What `describe` collects on its way."""
+
+    def __init__(self):
+        self.known = {}    # id of a function, class or object -> (itself, its name): nothing is described twice
+        self.taken = Counter()
+        self.code = {}     # name of a function or class -> digest of its source and of what it uses
+        self.numbers = []  # (label, sum of absolute values, weighted sum) of each array of floats
+        self.label = ""
+
+    def name(self, thing, name):
+        """Note a name for `thing`; a number makes it unique."""
+        self.taken[name] += 1
+        name += f" #{self.taken[name]}" if self.taken[name] > 1 else ""
+        self.known[id(thing)] = (thing, name)
+        return name
+
+
+def describe(thing, notes):
+    """A JSON value that says what `thing` is, equal in every process and Python version.
+
+    Functions and classes of our own enter by their source, with what they use; those of libraries by their name.
+    Arrays of floats enter as two sums in `notes.numbers`, compared with a tolerance: they may differ in the last bit
+    between machines. Devices and floating-point types leave no trace: a run made on a GPU is the same run.
+    """
+    if thing is None or isinstance(thing, (bool, int, str)):
+        return thing
+    if isinstance(thing, float):
+        return float(f"{thing:.9g}") if math.isfinite(thing) else str(thing)
+    if isinstance(thing, np.generic):
+        return describe(thing.item(), notes)
+    if isinstance(thing, (bytes, complex, range, slice, Path)):
+        return ascii(thing)
+    if isinstance(thing, (list, tuple)):
+        return [describe(item, notes) for item in thing]
+    if isinstance(thing, (set, frozenset)):
+        return sorted((describe(item, notes) for item in thing), key=str)
+    if isinstance(thing, dict):
+        return {str(describe(key, notes)): describe(value, notes) for key, value in thing.items()}
+    if isinstance(thing, (torch.Tensor, np.ndarray)):
+        return _describe_array(thing, notes)
+    if isinstance(thing, (pd.DataFrame, pd.Series, pd.Index)):
+        return describe(pd.DataFrame(thing).reset_index().to_dict("split", index=False), notes)
+    if isinstance(thing, (torch.device, torch.dtype, types.ModuleType)):
+        return None
+    if isinstance(thing, np.ufunc):
+        return f"numpy.{thing.__name__}"
+    if isinstance(thing, partial):
+        return ["partial", *(describe(part, notes) for part in (thing.func, thing.args, thing.keywords))]
+    if id(thing) in notes.known:
+        return notes.known[id(thing)][1]
+    if isinstance(thing, type):
+        return _describe_class(thing, notes)
+    return _describe_function(thing, notes) if inspect.isroutine(thing) else _describe_object(thing, notes)
+
+
+def _describe_array(array, notes):
+    frozen = isinstance(array, torch.nn.Parameter) and not array.requires_grad
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.double() if array.is_floating_point() else array).numpy()  # NumPy knows no bfloat16
+    name = f"frozen {array.shape}" if frozen else f"array {array.shape}"
+    if array.dtype.kind == "O":
+        return [name, describe(array.tolist(), notes)]
+    if array.dtype.kind != "f":
+        array = array.astype(np.int64) if array.dtype.kind in "iu" else array  # Windows has other integers
+        return f"{name} {hashlib.sha256(array.tobytes()).hexdigest()[:12]}"
+    flat = array.astype(np.float64).ravel()
+    odd = int((~np.isfinite(flat)).sum())
+    flat = np.nan_to_num(flat, nan=0, posinf=0, neginf=0)
+    weights = np.cos(0.7 * np.arange(len(flat)) + 1)
+    notes.numbers.append([notes.label, float(np.abs(flat).sum()), float(flat @ weights)])
+    return f"{name}, {odd} not finite" if odd else name
+
+
+#@title What a result depends on: source code without comments and layout { display-mode: "form" }
+def _describe_function(function, notes):
+    if isinstance(function, types.MethodType):
+        return [describe(function.__func__, notes), "of", describe(function.__self__, notes)]
+    while hasattr(function, "__wrapped__") and _library(function):  # torch.no_grad, lru_cache
+        function = function.__wrapped__
+    if _library(function):
+        return _library(function)
+    if id(function) in notes.known:
+        return notes.known[id(function)][1]
+    name = notes.name(function, function.__qualname__)  # known from here on, should it call itself
+    trees = _source_trees(function.__code__)
+    if not trees and os.path.exists(function.__code__.co_filename):
+        print(f"{name}: {function.__code__.co_filename} was changed after it was loaded. Restart the kernel, so that "
+              "the change takes effect.", flush=True)
+    source = [_canonical(tree) for tree in trees] or _compiled(function.__code__)
+    uses = _globals_used(function.__code__, function.__globals__)
+    uses.update(__defaults__=function.__defaults__, __kwdefaults__=function.__kwdefaults__)
+    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with suppress(ValueError):  # a variable without a value yet
+            uses[f"nonlocal {variable}"] = cell.cell_contents
+    notes.code[name] = _digest([source, {key: describe(uses[key], notes) for key in sorted(uses)}])
+    return name
+
+
+def _digest(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _source_trees(code):
+    """Syntax trees of a function: none where the source is not to be found or is not what runs."""
+    linecache.checkcache(code.co_filename)
+    trees, compiled = _functions_in("".join(linecache.getlines(code.co_filename)))
+    place = (code.co_firstlineno, code.co_name)
+    trees, compiled, this = trees.get(place, []), compiled.get(place, []), _compiled(code)
+    if this in compiled and len(trees) == len(compiled):  # several: lambdas of one line
+        return [trees[compiled.index(this)]]
+    return trees if this in compiled else []
+
+
+@lru_cache(maxsize=256)
+def _functions_in(text):
+    """Syntax trees and bytecode of all functions of a source text: two dicts, (line, name) -> list."""
+    trees, compiled = {}, {}
+    try:
+        nodes, waiting = list(ast.walk(ast.parse(text))), [compile(text, "", "exec", dont_inherit=True)]
+    except (SyntaxError, ValueError):
+        return trees, compiled
+    functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+    for node in sorted(functions, key=lambda node: (node.lineno, node.col_offset)):
+        line = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+        trees.setdefault((line, getattr(node, "name", "<lambda>")), []).append(node)
+    while waiting:
+        code = waiting.pop(0)
+        compiled.setdefault((code.co_firstlineno, code.co_name), []).append(_compiled(code))
+        waiting += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+    return trees, compiled
+
+
+#@title What a result depends on: what code uses { display-mode: "form" }
+def _canonical(node):
+    """A syntax tree as nested lists; nothing in it differs between Python 3.10 and 3.13."""
+    if isinstance(node, list):
+        return [_canonical(item) for item in node if not _without_effect(item)]
+    if not isinstance(node, ast.AST):
+        return ascii(node)
+    if isinstance(node, ast.AnnAssign):
+        node = ast.Assign([node.target], node.value)
+    left_out = {"ctx", "kind", "type_comment", "type_params", "annotation", "returns"}
+    fields = [(name, value) for name, value in ast.iter_fields(node) if name not in left_out]
+    return [type(node).__name__, *([name, _canonical(value)] for name, value in fields if value not in (None, []))]
+
+
+def _without_effect(statement):
+    """True for a docstring, `pass`, and a variable's annotation without a value."""
+    text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    return text or isinstance(statement, ast.Pass) or isinstance(statement, ast.AnnAssign) and statement.value is None
+
+
+def _compiled(code):
+    """Bytecode with its names and constants, as nested lists."""
+    constants = []
+    for value in code.co_consts:
+        value = sorted(value, key=ascii) if isinstance(value, frozenset) else value
+        constants.append(_compiled(value) if isinstance(value, types.CodeType) else ascii(value))
+    return [code.co_code.hex(), list(code.co_names), list(code.co_freevars), constants]
+
+
+def _globals_used(code, space):
+    """name -> value of what a function takes from its module; of our own modules also `module.name`."""
+    used, name, value = {}, "", None
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            name, value = step.argval, space.get(step.argval)
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, types.ModuleType):
+            name = f"{name}.{step.argval}"
+            value = None if _is_library(value.__name__) else getattr(value, step.argval, None)
+        elif step.opname != "EXTENDED_ARG":  # belongs to the next step
+            value = None
+        if value is not None and not isinstance(value, types.ModuleType) and step.argval not in _NO_EFFECT:
+            used[name] = value
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            used.update(_globals_used(part, space))
+    return used
+
+
+def _is_library(module):
+    """True for the name of a module of Python or of an installed package."""
+    root = module.partition(".")[0]
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    return root in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
+
+
+def _library(thing):
+    """package.name of a library's function or class; None for one of our own."""
+    module = getattr(thing, "__module__", None) or "builtins"
+    if isinstance(thing, types.FunctionType):
+        module = thing.__globals__.get("__name__", "__main__")  # functools.wraps copies __module__
+    elif not isinstance(thing, type):
+        module = module if _is_library(module) else "builtins"  # no Python function: there is no source
+    return f"{module.partition('.')[0]}.{thing.__qualname__}" if _is_library(module) else None
+
+
+def _describe_class(cls, notes):
+    if _library(cls):
+        return _library(cls)
+    name, content = notes.name(cls, cls.__qualname__), [describe(base, notes) for base in cls.__bases__]
+    for key, value in sorted(vars(cls).items()):
+        value = getattr(value, "__func__", getattr(value, "fget", value))  # static and class methods, properties
+        written = isinstance(value, types.FunctionType) and value.__code__.co_filename != "<string>"  # not by dataclass
+        if written or not key.startswith("__"):
+            content.append([key, describe(value, notes)])
+    notes.code[name] = _digest(content)
+    return name
+
+
+# ---- Figures: colours, ECG paper, histograms and bars ----
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
+COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, GREY)  # Okabe and Ito's: colour-blind readers can tell them apart
+LEAD_NAMES = ("I", "II", "V1", "V2", "V3", "V4", "V5", "V6")  # as printed; the course's files write DI, DII
+
+
+def draw_ecg(ecg_mv, rate, heading, window=(0, 5), leads=range(8), columns=2, marks=()):
+    """Figure of leads of (8, samples) in mV on ECG paper, 25 mm/s and 10 mm/mV.
+
+    `rate` in Hz, `window` in s; `marks`: annotations of ecg-plot (dicts with time, end_time, label).
+    """
+    window = (window[0], min(window[1], ecg_mv.shape[1] / rate))
+    paper = ecg_plot.Style(major_color="#e09a9a", minor_color="#f5dcdc", line_width=0.25, font_size=3.4)
+    chart = ecg_plot.plot(np.asarray(ecg_mv)[list(leads)], sample_rate=rate, title=heading, columns=columns,
+                          lead_names=[LEAD_NAMES[i] for i in leads], window=window, style=paper)
+    chart.add_annotations(list(marks), color=BLUE)
+    figure, _ = chart.to_matplotlib()
+    figure.set_layout_engine("none")  # the chart places everything itself
+    return figure
+
+
+def class_histogram(axis, values, truth, bins, xlabel):
+    """Histogram of `values` by class, in % of each class; NaN left out, what lies outside in the end bins."""
+    values, truth = np.asarray(values, dtype=float), np.asarray(truth)
+    for label, name, colour in ((0, "no AF", BLUE), (1, "AF", ORANGE)):
+        group = values[(truth == label) & np.isfinite(values)]
+        share, group = np.full(len(group), 100 / max(1, len(group))), np.clip(group, bins[0], bins[-1])
+        axis.hist(group, bins=bins, weights=share, alpha=0.6, label=name, color=colour)
+    axis.set(xlabel=xlabel, ylabel="% of the class")
+    axis.legend()
+
+
+def grouped_bars(axis, table, ylabel="", colours=COLOURS):
+    """One group of bars per row of the DataFrame `table`, one bar per column."""
+    places, width = np.arange(len(table)), 0.8 / len(table.columns)
+    for k, name in enumerate(table.columns):
+        offset = (k - (len(table.columns) - 1) / 2) * width
+        axis.bar(places + offset, table[name], width, label=name, color=colours[k % len(colours)])
+    axis.set_xticks(places, [str(row) for row in table.index])
+    axis.margins(y=0.25)  # room for the legend
+    axis.set(ylabel=ylabel)
+    axis.legend(ncols=2, fontsize=9, loc="upper left")
+
+
+#@title Data: course archive, demo data, a folder or any tar archive { display-mode: "form" }
 def fetch_codesubset(source="course", directory="."):
     """Make a `codesubset/` folder ready (`train/`, `test/` with RECORDS.txt and WFDB pairs, `train.csv`).
 
@@ -94,46 +514,76 @@ def fetch_codesubset(source="course", directory="."):
 
     Returns the folder's path. FileNotFoundError, ValueError, ConnectionError: what is wrong, what to do.
     """
-    target, source = Path(directory) / "codesubset", Path(source).expanduser()
-    course, demo = str(source) == "course", str(source) == "demo"
-    if source.is_dir() and not (course or demo):
-        folder = source / "codesubset" if (source / "codesubset").is_dir() else source
-        if _missing_parts(folder):
-            raise FileNotFoundError(f"{folder} is no codesubset folder: {', '.join(_missing_parts(folder))} missing.")
+    source, directory, path = str(source), Path(directory), Path(source).expanduser()
+    target = directory / "codesubset"
+    if source not in ("course", "demo") and path.is_dir():
+        folder = path / "codesubset" if (path / "codesubset").is_dir() else path
+        if missing := _missing_parts(folder):
+            raise FileNotFoundError(f"{folder} is no codesubset folder: {first_ten(missing)} missing.")
         return _announce(folder, "folder used as it is")
-    if not (course or demo or source.is_file()):
-        raise FileNotFoundError(f"ECG_DATA: {source} does not exist. Give 'course', 'demo' or the path of a codesubset/ "
-                                "folder or of a tar archive of one.")
-    wanted = str(source) if course or demo else \
-        f"archive {source.name}, {source.stat().st_size} bytes, time {source.stat().st_mtime_ns}"
-    if not _missing_parts(target) and (data_origin(target) == wanted or (course and data_origin(target) is None)):
-        return _announce(target, "ready from an earlier run")
-    _refuse_foreign(target)
-    if demo:
-        return make_demo_codesubset(directory)
-    if not course:
-        return _extract(source, target, wanted)
-    archive = Path(directory) / "codesubset.tar.gz"
+    if source not in ("course", "demo") and not path.is_file():
+        raise FileNotFoundError(f"ECG_DATA: {source} does not exist. Give 'course', 'demo' or the path of a "
+                                "codesubset/ folder or of a tar archive of one.")
+    with lock_folder(directory):
+        if source == "demo":
+            return make_demo_codesubset(directory)
+        if source == "course":
+            return _ready_folder(target, "course") or _course_folder(target)
+        origin = f"archive with SHA-256 {_file_digest(path)}"
+        return _ready_folder(target, origin) or _extract(path, target, origin)
+
+
+def _course_folder(target):
+    """Download (or take the archive that lies there) and extract; a damaged archive is fetched again, once."""
+    archive = target.with_name("codesubset.tar.gz")
     for attempt in (1, 2):
+        found = archive.exists()
         try:
-            return _extract(archive if archive.exists() else download(COURSE_MIRRORS, archive), target, wanted)
+            if not found:
+                download(COURSE_MIRRORS, archive)
+            return _extract(archive, target, "course")
         except ValueError as error:
-            archive.unlink()
+            _move_aside(archive) if found else archive.unlink()
             if attempt == 2:
                 raise
-            print(f"{error}\nThe file is removed and downloaded again.", flush=True)
+            print(f"{error}\nIt is downloaded again.", flush=True)
 
 
-def _missing_parts(folder, parts=("train/RECORDS.txt", "test/RECORDS.txt", "train.csv")):
-    return [part for part in parts if not (folder / part).is_file()]
-
-
-def data_origin(folder):
-    """What a complete `codesubset/` that was made here came from; None where nothing says so."""
-    try:
-        return json.loads((folder / "origin.json").read_text(encoding="utf-8"))["origin"]
-    except (OSError, ValueError, KeyError):
+def _ready_folder(target, origin):
+    """`target` if it is complete and comes from `origin`, None if it must be made; ValueError if it is another's."""
+    known = data_origin(target)
+    missing = _missing_parts(target) or _missing_files(target)
+    if not missing and (known == origin or (known is None and origin == "course")):
+        return _announce(target, "ready from an earlier run")
+    if known == origin:
+        print(f"{target} misses {first_ten(missing)}: they are made again.", flush=True)
         return None
+    if known is not None:
+        raise ValueError(f"{target} holds other data ({known}), which are not replaced. Choose another ECG_WORK, "
+                         "or move that folder away.")
+    if any(file.suffix not in (".h5", ".part", ".old") for file in target.glob("*")):
+        raise ValueError(f"{target} holds files that were not put there by this notebook. Move the folder away, give "
+                         "its path as ECG_DATA, or choose another ECG_WORK.")
+    return None
+
+
+#@title Data: is a folder complete, where does it come from? { display-mode: "form" }
+def data_origin(folder):
+    """What a `codesubset/` that was made here came from; None where nothing says so."""
+    try:
+        return json.loads((Path(folder) / "origin.json").read_text(encoding="utf-8"))["origin"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _missing_parts(folder):
+    return [part for part in ("train/RECORDS.txt", "test/RECORDS.txt", "train.csv") if not (folder / part).is_file()]
+
+
+def _missing_files(folder):
+    names = {split: read_records(folder / split / "RECORDS.txt") for split in ("train", "test")}
+    files = [f"{split}/{name}{end}" for split in names for name in names[split] for end in (".hea", ".dat")]
+    return [file for file in files if not os.path.isfile(folder / file)]
 
 
 def _announce(folder, how):
@@ -142,34 +592,42 @@ def _announce(folder, how):
     return folder
 
 
-def _refuse_foreign(target):
-    if data_origin(target) is None and any(file.suffix not in (".h5", ".part") for file in target.glob("*")):
-        raise ValueError(f"{target} holds files that were not put there by this notebook. Move the folder away, give "
-                         "its path as ECG_DATA, or choose another ECG_WORK.")
+def _file_digest(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
 def _whole_codesubset(target, origin):
-    """Yield a path for a new `codesubset/`; it takes the place of `target` if the block ends well."""
-    part = target.with_name("codesubset.part")
-    shutil.rmtree(part, ignore_errors=True)  # what a killed run left
-    part.mkdir(parents=True)
-    try:
-        yield part / "codesubset"
-        write_json(part / "codesubset" / "origin.json", {"origin": origin})
-        if target.exists():
-            print(f"{target} came from other data ({data_origin(target)}): it is replaced.", flush=True)
-            os.replace(target, part / "old")
-        os.replace(part / "codesubset", target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    """Yield a path for a new `codesubset/`, which becomes `target` if the block ends well.
+
+    Where `target` exists, only what it lacks moves there: nothing is deleted or replaced.
+    """
+    with unique_part(target) as part:
+        part.mkdir()
+        folder = part / "codesubset"
+        yield folder
+        write_json(folder / "origin.json", {"origin": origin})
+        if not target.exists():
+            os.replace(folder, target)
+            return
+        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        # first whose data these are, and the mark of demo data: a killed run must not leave records without them
+        for file in sorted(files, key=lambda file: (file.name != "origin.json", len(file.parts))):
+            if not (target / file).exists():
+                (target / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(folder / file, target / file)
 
 
+#@title Data: download that resumes { display-mode: "form" }
 def download(urls, path, timeout=(10, 60), attempts=4):
-    """Download the first of `urls` that serves a gzip archive to `path`; resume an earlier attempt.
+    """Download the first of `urls` that serves a gzip archive to `path`; an interrupted download resumes.
 
     The data go to `<path>.part`, renamed when its length is what the server announced. A cut connection, 429 and
-    5xx are tried `attempts` times; a server without HTTP ranges starts anew. ConnectionError: no mirror served it.
+    5xx are tried `attempts` times; a server without HTTP ranges restarts. ConnectionError: no mirror served it.
     """
     path, failures = Path(path), []
     part = path.with_name(path.name + ".part")
@@ -187,14 +645,17 @@ def download(urls, path, timeout=(10, 60), attempts=4):
                 if not isinstance(error, requests.RequestException):
                     break  # the answer itself is wrong: asking again would not help
                 time.sleep(min(0.5 * 2 ** attempt, 5))  # the connection: continue where it stopped
+    reasons = "\n  ".join(dict.fromkeys(failures))
     raise ConnectionError(
-        f"No mirror served {path.name}:\n  " + "\n  ".join(dict.fromkeys(failures)) + f"\nBy hand: open {urls[0]} in a "
-        f"browser, put the file at {path} and run this cell again (in Colab: folder symbol on the left, then upload).")
+        f"No mirror served {path.name}:\n  {reasons}\nBy hand: open {urls[0]} in a browser, put the file at {path} "
+        "and run this cell again (in Colab: folder symbol on the left, then upload).")
 
 
 def _download_once(url, server, part, timeout):
     have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
         if answer.status_code == 416:  # nothing beyond what we have: start again
             part.unlink()
@@ -209,38 +670,35 @@ def _download_once(url, server, part, timeout):
             raise ValueError(f"sent no gzip archive but {answer.headers.get('Content-Type')} (a sign-in page?)")
         length = answer.headers.get("Content-Length")
         total = int(length) + have if length else None
-        print(f"Downloading from {server}: {f'{total / 2**20:.0f} MiB' if total else 'unknown size'}"
-              f"{f', continuing at {have / 2**20:.0f} MiB' if have else ''} ...", flush=True)
+        size = f"{total / 2**20:.0f} MiB" if total else "unknown size"
+        resumed = f", continuing at {have / 2**20:.0f} MiB" if have else ""
+        print(f"Downloading from {server}: {size}{resumed} ...", flush=True)
         with open(part, "ab" if have else "wb") as file:
             file.write(first)
-            for block in progress(blocks, "download", total=total and (total - have) >> 20, unit="MiB"):
+            for block in progress(blocks, "download", total and (total - have) >> 20, "MiB"):
                 file.write(block)
     if total is not None and part.stat().st_size != total:
         raise requests.ConnectionError(f"connection cut at {part.stat().st_size:,} of {total:,} bytes")
 
 
+#@title Data: safe extraction { display-mode: "form" }
+MAX_MEMBER, MAX_TOTAL = 8 * 2**30, 64 * 2**30  # bytes that one file and all files of an archive may unpack to
+
+
 def _extract(archive, target, origin):
-    """Extract the `codesubset/` of a tar archive to `target`, safely (tarfile's data filter) and whole."""
+    """Extract the `codesubset/` of a tar archive to `target`: regular files and folders only, whole or not at all."""
     if not hasattr(tarfile, "data_filter"):
         raise RuntimeError(f"Python {sys.version.split()[0]} cannot extract archives safely: use Python "
                            "3.10.12, 3.11.4 or newer.")
     print(f"Extracting {archive} ...", flush=True)
-
-    def wanted(tar):
-        for member in progress(tar, "extract", unit=" files"):
-            member.name = re.sub(r"^(\./)+", "", member.name)
-            if member.name.split("/")[0] == "codesubset":
-                yield member
-
     try:
         with _whole_codesubset(target, origin) as folder:
             with tarfile.open(archive) as tar:
-                tar.extractall(folder.parent, members=wanted(tar), filter="data")
+                members = _safe_members(progress(tar, "extract", unit=" files"))
+                tar.extractall(folder.parent, members=members, filter="data")
                 while tar.fileobj.read(1 << 20):  # to the end, where gzip and xz keep their checksums
                     pass
-            if missing := _missing_parts(folder) or _missing_parts(folder, [
-                    f"{split}/{name}{suffix}" for split in ("train", "test")
-                    for name in read_records(folder / split / "RECORDS.txt") for suffix in (".hea", ".dat")]):
+            if missing := _missing_parts(folder) or _missing_files(folder):
                 raise ValueError(f"not inside: {first_ten(missing)}")
     except tarfile.FilterError as error:
         raise ValueError(f"{archive} is refused: {error}. It did not come from the course.") from error
@@ -251,79 +709,150 @@ def _extract(archive, target, origin):
     return _announce(target, "extracted")
 
 
+def _safe_members(members):
+    """Members of `codesubset/`, names without a leading "./"; tarfile.FilterError for what no ECG archive holds.
+
+    Links are refused altogether: long ones lead around tarfile's own filter (CVE-2025-4517).
+    """
+    total = 0
+    for member in members:
+        member.name = re.sub(r"^(\./)+", "", member.name)
+        if member.name.split("/")[0] != "codesubset":
+            continue
+        total += member.size
+        if not (member.isdir() or (member.isreg() and not member.issparse())):
+            raise tarfile.FilterError(f"{member.name} is neither a regular file nor a folder")
+        if member.size > MAX_MEMBER or total > MAX_TOTAL:
+            raise tarfile.FilterError(f"{member.name} would unpack to {member.size:,} bytes, {total:,} in all")
+        yield member
+
+
+#@title Data: synthetic ECGs for a demo run { display-mode: "form" }
 def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
     """Write synthetic ECGs as real WFDB files in the course's layout, in some seconds.
 
-    30 % AF in train, 50 % in test, several exams for some patients, no patient in both. Returns the path of
-    `directory/codesubset`; its SYNTHETIC.txt marks it. `directory/test_labels.csv` is for tests only.
+    Parameters
+    ----------
+    directory : where `codesubset/` is made, and beside it `test_labels.csv`, which only tests read
+    n_train, n_test : number of exams; 30 % and 50 % are labelled AF, about 3 % of the labels are wrong
+    seed : integer; the same seed gives the same files
+
+    Returns the path of `directory/codesubset`; its SYNTHETIC.txt marks the data as generated.
     """
-    rng, directory = np.random.default_rng(seed), Path(directory)
-    _refuse_foreign(directory / "codesubset")
+    directory = Path(directory)
+    target, origin = directory / "codesubset", f"demo data, {n_train} + {n_test} exams, seed {seed}"
+    if folder := _ready_folder(target, origin):
+        return folder
     print(f"Generating {n_train + n_test} synthetic ECGs ...", flush=True)
-    with _whole_codesubset(directory / "codesubset", "demo") as part:
-        for split, n, af_share, first in (("train", n_train, 0.3, 100_000), ("test", n_test, 0.5, 500_000)):
-            (part / split).mkdir(parents=True)
-            af = rng.permutation(np.arange(n) < round(af_share * n)).astype(int)
-            ids = rng.permutation(first + np.arange(n))  # record order is not the table's order
-            patients = first // 10 + np.where(af, 0, n) + rng.integers(0, max(1, int(0.8 * n)), n)
-            for exam, label in progress(list(zip(ids, af)), "generate", unit="exam"):
-                rate, seconds = int(rng.choice([300, 400, 500, 600])), rng.uniform(7.2, 10.2)
-                wfdb.wrsamp(f"TNMG{exam}", fs=rate, units=["mV"] * 8, sig_name=list(LEADS), fmt=["16"] * 8,
-                            p_signal=_synthetic_ecg(rng, label, rate, seconds).T, write_dir=str(part / split),
-                            adc_gain=[1000.0] * 8, baseline=[0] * 8)
-            (part / split / "RECORDS.txt").write_text("".join(f"TNMG{exam}\n" for exam in ids))
-            age, sex = np.clip(rng.normal(55 + 15 * af, 12), 18, 99), rng.choice(["F", "M"], n, p=[0.63, 0.37])
-            table = pd.DataFrame({"id_exam": ids, "id_patient": patients, "age": age.astype(int), "sex": sex, "AF": af,
-                                  "date_exam": "2014-01-01"}).sort_values("id_exam")
-            with whole_file(part / "train.csv" if split == "train" else directory / "test_labels.csv") as file:
-                table.to_csv(file, index=False)
-        (part / "SYNTHETIC.txt").write_text("Generated ECGs: they prove that code runs, never that a model is good.\n")
-    return _announce(directory / "codesubset", "synthetic, generated")
+    rng = np.random.default_rng(seed)
+    with _whole_codesubset(target, origin) as folder:
+        train = _write_demo_split(rng, folder / "train", n_train, af_share=0.3, first_id=100_000)
+        test = _write_demo_split(rng, folder / "test", n_test, af_share=0.5, first_id=500_000)
+        train.to_csv(folder / "train.csv", index=False)
+        with whole_file(directory / "test_labels.csv") as file:
+            test.to_csv(file, index=False)
+        mark = "Generated ECGs: they prove that code runs, never that a model is good.\n"
+        (folder / "SYNTHETIC.txt").write_text(mark)
+    return _announce(target, "synthetic, generated")
 
 
-def _synthetic_ecg(rng, af, rate, seconds):
-    """One synthetic exam, (8, samples) in mV: Gaussian waves at each beat, noise, drift, 60 Hz mains."""
+def _write_demo_split(rng, folder, n, af_share, first_id):
+    """Write `n` exams and RECORDS.txt to `folder`; return the table of their labels and patients."""
+    folder.mkdir(parents=True)
+    ids = rng.permutation(first_id + np.arange(n))  # record order is not the table's order
+    label = rng.permutation(np.arange(n) < round(af_share * n)).astype(int)
+    af = label.copy()  # the true rhythm
+    for value in (0, 1):  # as many wrong labels in either direction keep the share of AF exact
+        wrong = rng.permutation(np.flatnonzero(label == value))[:3 * n // 200]
+        af[wrong] = 1 - value
+    kind = np.zeros(n)  # a number between 0 and 1 that chooses the rhythm; evenly spread in either class
+    for value in (0, 1):
+        exams = np.flatnonzero(af == value)
+        kind[exams] = (rng.permutation(len(exams)) + 0.5) / len(exams)
+    for exam, *rhythm in progress(list(zip(ids, af, kind)), "generate", unit="exam"):
+        rate = int(rng.choice([300, 400, 500, 600]))
+        ecg = _synthetic_ecg(rng, *rhythm, rate, seconds=rng.uniform(7.2, 10.2))
+        wfdb.wrsamp(f"TNMG{exam}", fs=rate, units=["mV"] * 8, sig_name=list(LEADS), p_signal=ecg.T,
+                    fmt=["16"] * 8, adc_gain=[1000.0] * 8, baseline=[0] * 8, write_dir=str(folder))
+    (folder / "RECORDS.txt").write_text("".join(f"TNMG{exam}\n" for exam in ids))
+    patient = rng.integers(0, max(1, int(0.8 * n)), n)  # some have several exams
+    age = np.clip(rng.normal(55 + 15 * af, 12), 18, 99).astype(int)
+    sex = rng.choice(["F", "M"], n, p=[0.63, 0.37])
+    table = pd.DataFrame({"id_exam": ids, "id_patient": first_id // 10 + np.where(af, 0, n) + patient,
+                          "age": age, "sex": sex, "AF": label, "date_exam": "2014-01-01"})
+    return table.sort_values("id_exam")
+
+
+#@title Data: one synthetic ECG { display-mode: "form" }
+def _synthetic_rr(rng, af, kind):
+    """Forty RR intervals (s): mostly irregular in AF, mostly regular in sinus rhythm."""
+    mean = rng.uniform(0.6, 1.05)
+    change = rng.normal(0, 1, 40)
+    if af and kind < 0.1:  # paced, or complete heart block
+        return mean * (1 + 0.015 * change)
+    if af:
+        return mean * np.exp(rng.uniform(0.15, 0.3) * change)
+    rr = mean * (1 + 0.02 * change)
+    if kind < 0.1:  # one to three premature beats, each with a compensatory pause
+        early = rng.choice([1, 3, 5, 7, 9], rng.integers(1, 4), replace=False)
+        rr[early] = 0.65 * mean
+        rr[early + 1] = 1.35 * mean
+    elif kind < 0.2:  # respiratory arrhythmia
+        breathing = np.sin(2 * np.pi * rng.uniform(0.2, 0.35) * np.cumsum(rr))
+        rr *= 1 + rng.uniform(0.1, 0.2) * breathing
+    return rr
+
+
+def _synthetic_ecg(rng, af, kind, rate, seconds):
+    """One exam, (8, samples) in mV: Gaussian waves at each beat, drift, 60 Hz interference, noise."""
     t = np.arange(int(rate * seconds)) / rate
-    mean_rr = rng.uniform(0.5, 0.95) if af else rng.uniform(0.6, 1.1)
-    rr = mean_rr * (np.exp(rng.normal(0, 0.2, 40)) if af else 1 + rng.normal(0, 0.02, 40))
-    if not af and rng.random() < 0.3:  # premature beats: irregular, but P waves remain
-        early = rng.integers(2, 12)
-        rr[early:early + 2] = mean_rr * np.array([0.65, 1.35])
-    beats = np.cumsum(rr) - rng.uniform(0, mean_rr)
-    leads = rng.normal(1, 0.15, 8)
-    waves = [  # offset from R (s), width (s), amplitude in DI DII V1 ... V6 (mV)
-        (-0.16, 0.020, [0.08, 0.13, 0.05, 0.06, 0.07, 0.08, 0.08, 0.08]),  # P, absent in AF
+    rr = _synthetic_rr(rng, af, kind)
+    beats = np.cumsum(rr) - rng.uniform(0, rr[0])
+    beats = beats[beats < seconds + 0.5, None]
+    weak_p = rng.random() < 0.25
+    p_size = 0 if af else 0.2 if weak_p else 1
+    waves = [  # offset from R (s), width (s), amplitude in DI DII V1 ... V6 (mV): P, Q, R, S, T
+        (-0.16, 0.020, p_size * np.array([0.08, 0.13, 0.05, 0.06, 0.07, 0.08, 0.08, 0.08])),
         (-0.03, 0.010, [-0.05, -0.08, 0.0, 0.0, -0.05, -0.10, -0.10, -0.08]),
         (0.0, 0.012, [0.6, 1.0, 0.2, 0.5, 0.9, 1.3, 1.2, 0.9]),
         (0.03, 0.014, [-0.1, -0.2, -0.9, -1.1, -0.7, -0.4, -0.2, -0.1]),
         (0.26, 0.045, [0.2, 0.3, 0.1, 0.4, 0.5, 0.5, 0.4, 0.3])]
     ecg = np.zeros((8, len(t)))
-    for offset, width, amplitude in waves[1:] if af else waves:
-        shape = np.exp(-0.5 * ((t - beats[:, None] - offset) / width) ** 2).sum(axis=0)
-        ecg += (leads * amplitude)[:, None] * shape
-    if af:  # fibrillatory waves, 4-9 Hz, largest in V1
-        wave = np.sin(2 * np.pi * (rng.uniform(4, 9) * t + 0.3 * np.sin(2 * np.pi * 0.7 * t)))
-        ecg += rng.uniform(0.02, 0.08) * np.array([0.5, 0.8, 1.5, 1, 0.7, 0.6, 0.5, 0.5])[:, None] * wave
-    drift = rng.uniform(0.05, 0.3) * np.sin(2 * np.pi * (rng.uniform(0.1, 0.4) * t + rng.random((8, 1))))
-    mains = rng.uniform(0, 0.06) * np.sin(2 * np.pi * 60 * t + rng.random((8, 1)))
-    return ecg + drift + mains + rng.normal(0, rng.uniform(0.01, 0.04), ecg.shape)
+    gain = rng.normal(1, 0.15, 8)
+    for offset, width, amplitude in waves:
+        shape = np.exp(-0.5 * ((t - beats - offset) / width) ** 2).sum(axis=0)
+        ecg += (gain * amplitude)[:, None] * shape
+    if af or rng.random() < 0.1:  # fibrillatory waves, low in half of the exams; or a tremor like them
+        size = rng.choice([0.015, 0.05]) * np.array([0.5, 0.8, 1.5, 1, 0.7, 0.6, 0.5, 0.5])
+        ecg += size[:, None] * np.sin(2 * np.pi * rng.uniform(4, 9) * t + 2 * np.sin(2 * np.pi * 0.7 * t))
+    drift = np.sin(2 * np.pi * (rng.uniform(0.1, 0.4) * t + rng.random((8, 1))))
+    power_line = np.sin(2 * np.pi * 60 * t + rng.random((8, 1)))
+    noise = rng.normal(0, rng.uniform(0.01, 0.04), ecg.shape)
+    return ecg + rng.uniform(0.05, 0.3) * drift + rng.uniform(0, 0.06) * power_line + noise
 
 
-# ---- Preprocessing: WFDB records to HDF5 ---------------------------------------------------------
+# ---- Records: names, fingerprint, reading ----
 def read_records(records_file):
     """Record names of a RECORDS.txt, in order. Empty or repeated names: ValueError."""
     records_file = Path(records_file)
     names = records_file.read_text(encoding="utf-8-sig").split()
     repeated = [name for name, count in Counter(names).items() if count > 1]
-    if not names or repeated:
-        raise ValueError(f"{records_file} " + (f"repeats {first_ten(repeated)}" if names else "lists no record"))
+    if not names:
+        raise ValueError(f"{records_file} lists no record")
+    if repeated:
+        raise ValueError(f"{records_file} repeats {first_ten(repeated)}")
     return names
 
 
-PREPROCESSING = f"{SAMPLE_RATE} Hz, {N_SAMPLES} samples, baseline removed, 60 Hz removed, {' '.join(LEADS)}"
-START_METHOD = "fork" if sys.platform.startswith("linux") else "spawn"  # of the worker processes
-_HEADER = re.compile(r"\S+ (\d+) (\d+(?:\.\d+)?) (\d+)")
-_SIGNAL = re.compile(r"(\S+) 16 ([1-9][\d.]*)\((-?\d+)\)/mV \d+ -?\d+ -?\d+ -?\d+ 0 (\S+)")
+def data_fingerprint(records_file):
+    """Digest of the records' names, headers (with their checksums) and .dat sizes: which data is this?"""
+    digest, folder = hashlib.sha256(), Path(records_file).parent
+    for name in read_records(records_file):
+        header, samples = folder / f"{name}.hea", folder / f"{name}.dat"
+        digest.update(f"{name}.hea\n".encode() + (header.read_bytes() if header.is_file() else b"missing"))
+        size = str(samples.stat().st_size) if samples.is_file() else "missing"
+        digest.update(f"{name}.dat\n{size}".encode())
+    return digest.hexdigest()[:16]
 
 
 def read_ecg(path):
@@ -332,37 +861,63 @@ def read_ecg(path):
     Returns signal (leads, samples) float64 in mV, NaN where a sample is marked as invalid; sample_rate, Hz; leads,
     names as in the header. ValueError, naming the record: a file is missing, truncated or not readable.
     """
+    signal, rate, leads, _ = _read_record(path)
+    return signal, rate, leads
+
+
+def _read_record(path):
+    """As `read_ecg`, and whether the samples differ from the header's checksums."""
     try:
-        signal, rate, leads = _read_plain_record(path) or _read_any_record(path)
+        signal, rate, leads, damaged = _read_plain_record(path) or _read_any_record(path)
+    except UnitError as error:
+        raise ValueError(f"record {path}: {error}") from None
     except Exception as error:  # wfdb raises many types for a broken header: all mean the same here
-        raise ValueError(f"record {path}: cannot be read ({type(error).__name__}: {error}). "
-                         "Extract the archive again.") from error
-    return signal, int(rate) if float(rate).is_integer() else float(rate), leads
+        raise ValueError(f"record {path}: cannot be read ({type(error).__name__}: {error}). Remove its files and run "
+                         "the notebook from its start (a folder of your own: extract its archive again).") from error
+    return signal, int(rate) if float(rate).is_integer() else float(rate), leads, damaged
+
+
+class UnitError(ValueError):
+    """The header gives a unit that is not millivolt or microvolt."""
+
+
+# ---- Records: the common header without wfdb's slow parser ----
+_HEADER = re.compile(r"\S+ (\d+) (\d+(?:\.\d+)?) (\d+)")
+_SIGNAL = re.compile(r"([\w.-]+) 16 ([1-9][\d.]*)\((-?\d+)\)/mV \d+ -?\d+ -?\d+ (-?\d+) 0 (\S+)", re.ASCII)
 
 
 def _read_plain_record(path):
-    """The commonest form (one .dat, format 16, mV) without wfdb's slow header parser; None for any other."""
+    """The commonest form (one .dat, format 16, mV), read directly; None for any other form, which wfdb reads."""
     lines = [line.strip() for line in Path(f"{path}.hea").read_text(encoding="utf-8", errors="replace").splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     head = _HEADER.fullmatch(lines[0]) if lines else None
     specs = [_SIGNAL.fullmatch(line) for line in lines[1:]]
-    if not head or not all(specs) or len(specs) != int(head[1]) or len({s[1] for s in specs}) != 1:
+    if not head or not all(specs) or len(specs) != int(head[1]) or len({spec[1] for spec in specs}) != 1:
         return None
     n_leads, n_samples = len(specs), int(head[3])
     digital = np.fromfile(Path(path).parent / specs[0][1], dtype="<i2", count=n_leads * n_samples)
     if len(digital) < n_leads * n_samples or n_samples == 0:
         raise ValueError(f"{specs[0][1]} is truncated: {len(digital) // n_leads} of {n_samples} samples")
     digital = np.ascontiguousarray(digital.reshape(n_samples, n_leads).T)
-    gain, baseline = (np.array([float(s[i]) for s in specs])[:, None] for i in (2, 3))
+    gain = np.array([float(spec[2]) for spec in specs])[:, None]
+    baseline = np.array([float(spec[3]) for spec in specs])[:, None]
     signal = (digital - baseline) / gain
     np.putmask(signal, digital == -32768, np.nan)  # WFDB's mark of an invalid sample
-    return signal, float(head[2]), [s[4] for s in specs]
+    sums = digital.sum(axis=1, dtype=np.int64)
+    damaged = any((int(total) - int(spec[4])) % 65536 for total, spec in zip(sums, specs))
+    return signal, float(head[2]), [spec[5] for spec in specs], damaged
 
 
 def _read_any_record(path):
-    record = wfdb.rdrecord(str(path))
-    to_mv = [{"mv": 1.0, "uv": 1e-3}[unit.lower()] for unit in record.units]  # no V: wfdb reads µV as V
-    return record.p_signal.T * np.array(to_mv)[:, None], record.fs, record.sig_name
+    record = wfdb.rdrecord(str(path), physical=False)
+    factors = {"mv": 1.0, "uv": 1e-3}  # no V: wfdb loses the sign µ and reads µV as V
+    odd = [f"{lead} in {unit}" for lead, unit in zip(record.sig_name, record.units) if unit.lower() not in factors]
+    if odd:
+        raise UnitError(f"the unit must be mV or uV, but {first_ten(odd)}. Convert the record.")
+    sums = record.calc_checksum()
+    damaged = any(given is not None and (total - given) % 65536 for total, given in zip(sums, record.checksum))
+    to_mv = np.array([factors[unit.lower()] for unit in record.units])[:, None]
+    return record.dac().T * to_mv, record.fs, record.sig_name, damaged
 
 
 def order_leads(signal, leads):
@@ -371,9 +926,12 @@ def order_leads(signal, leads):
     names = [alias.get(name.strip().upper(), name.strip().upper()) for name in leads]
     if missing := [lead for lead in LEADS if lead not in names]:
         raise ValueError(f"lead {', '.join(missing)} missing; the record has {', '.join(leads)}")
+    if twice := [lead for lead in LEADS if names.count(lead) > 1]:
+        raise ValueError(f"lead {', '.join(twice)} more than once; the record has {', '.join(leads)}")
     return np.asarray(signal, dtype=np.float64)[[names.index(lead) for lead in LEADS]]
 
 
+# ---- Preprocessing: the filters and the four steps ----
 def fill_gaps(signal):
     """Interpolate NaN samples within each lead, (leads, samples); a lead without a finite sample is zero."""
     if np.isfinite(signal).all():
@@ -389,18 +947,30 @@ def fill_gaps(signal):
 
 @lru_cache(maxsize=32)
 def baseline_filter(sample_rate, pass_edge=0.8, stop_edge=0.2, ripple=0.5, attenuation=40.0):
-    """Elliptic high-pass as second-order sections (FACTS 2.1): edges in Hz, ripple, attenuation in dB."""
+    """Elliptic high-pass as second-order sections: edges in Hz, ripple and attenuation in dB."""
     order, edge = dsp.ellipord(pass_edge, stop_edge, ripple, attenuation, fs=sample_rate)
     return dsp.iirfilter(order, edge, ripple, attenuation, btype="high", ftype="ellip", output="sos", fs=sample_rate)
 
 
 @lru_cache(maxsize=32)
-def mains_filter(sample_rate, powerline=60, quality=30):
-    """Notch at `powerline` Hz as transfer function (b, a) (FACTS 2.2)."""
+def powerline_filter(sample_rate, powerline=60, quality=30):
+    """Notch at `powerline` Hz as transfer function (b, a)."""
     return dsp.iirnotch(powerline, quality, fs=sample_rate)
 
 
-low_pass_filter = lru_cache(maxsize=32)(dsp.firwin)  # `resample_poly` would design its own anew for each exam
+@lru_cache(maxsize=32)
+def resampling(sample_rate, new_freq):
+    """Factors up, down and the low-pass of `resample_poly` (its default, designed once instead of for each exam).
+
+    Rates with many decimals get the nearest ratio of numbers up to 20,000, off by less than a tenth of a sample
+    over an exam: the exact one would need a filter of millions of taps.
+    """
+    ratio = Fraction(str(new_freq)) / Fraction(str(sample_rate))
+    if max(ratio.numerator, ratio.denominator) > 50_000:
+        ratio = ratio.limit_denominator(int(20_000 / max(1, ratio)))
+    longest = max(ratio.numerator, ratio.denominator)
+    window = dsp.firwin(20 * longest + 1, 1 / longest, window=("kaiser", 5.0)) if ratio != 1 else None
+    return ratio.numerator, ratio.denominator, window
 
 
 def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_SAMPLES, remove_baseline=True,
@@ -413,9 +983,9 @@ def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_S
     sample_rate : number, Hz
     leads : names of the rows of `signal`; more than the eight are dropped
     new_freq, new_len : rate (Hz) and length (samples) of the result, zero-padded or cropped, centred
-    powerline : mains frequency to remove (Hz); None, or one beyond half the sample rate, skips the step
+    powerline : power-line frequency to remove (Hz); None, or one beyond half the sample rate, skips the step
 
-    Returns ndarray (8, new_len), float64, mV, in the order of LEADS. Raises ValueError: a lead missing, no
+    Returns ndarray (8, new_len), float64, mV, in the order of LEADS. ValueError: a lead missing or repeated, no
     finite sample, rate outside 50-5000 Hz, shorter than one second.
     """
     if not 50 <= sample_rate <= 5000:
@@ -426,11 +996,9 @@ def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_S
     if remove_baseline:
         ecg = dsp.sosfiltfilt(baseline_filter(sample_rate), ecg, padtype="constant")
     if powerline and powerline < sample_rate / 2:
-        ecg = dsp.filtfilt(*mains_filter(sample_rate, powerline), ecg)
-    ratio = Fraction(new_freq) / Fraction(str(sample_rate)).limit_denominator(1000)
-    if ratio != 1:
-        up, down, rate = ratio.numerator, ratio.denominator, max(ratio.numerator, ratio.denominator)
-        window = low_pass_filter(20 * rate + 1, 1 / rate, window=("kaiser", 5.0))  # as its default
+        ecg = dsp.filtfilt(*powerline_filter(sample_rate, powerline), ecg)
+    up, down, window = resampling(sample_rate, new_freq)
+    if up != down:
         ecg = dsp.resample_poly(ecg, up, down, axis=1, window=window)
     surplus = max(0, ecg.shape[1] - new_len) // 2
     ecg = ecg[:, surplus:surplus + new_len]
@@ -439,65 +1007,82 @@ def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_S
     return padded
 
 
+# ---- HDF5: one record, and the worker processes ----
+START_METHOD = "fork" if sys.platform.startswith("linux") else "spawn"  # of the worker processes
+
+
 def _prepare_record(job):
-    """Worker of `build_h5`: write one tracing to its place in the file; (remarks, None), or ([], error text)."""
+    """Write one tracing to its place in the file; (remarks, None), or ([], error text)."""
     path, h5_file, place = job
     try:
-        signal, rate, leads = read_ecg(path)
+        signal, rate, leads, damaged = _read_record(path)
         raw = order_leads(signal, leads)
         finite, filled = np.isfinite(raw), fill_gaps(raw)
         tracing = preprocess_ecg(filled, rate, LEADS).astype("<f4").T
-        with open(h5_file, "r+b") as file:  # its own place in the file: nothing goes through a pipe
-            file.seek(place)
-            file.write(tracing.tobytes())
-        live = finite.any(axis=1)  # leads with at least one finite sample
-        notes = {"NaN samples interpolated": not finite[live].all(),
-                 "a lead without finite samples set to zero": not live.all(),
-                 "a flat lead kept": (filled[live, :1] == filled[live]).all(axis=1).any(),
-                 "60 Hz filter skipped (rate too low)": rate <= 120}
-        return [note for note, applies in notes.items() if applies], None
     except ValueError as error:
         return [], f"record {path}: {str(error).removeprefix(f'record {path}: ')}"
+    with open(h5_file, "r+b") as file:  # its own place in the file: nothing goes through a pipe
+        file.seek(place)
+        file.write(tracing.tobytes())
+    live = finite.any(axis=1)  # leads with at least one finite sample
+    notes = {"the samples differ from the header's checksum (damaged?)": damaged,
+             "NaN samples interpolated": not finite[live].all(),
+             "a lead without finite samples set to zero": not live.all(),
+             "a flat channel (lead off) kept": (filled[live, :1] == filled[live]).all(axis=1).any(),
+             "60 Hz filter skipped (rate too low)": rate <= 120}
+    return [note for note, applies in notes.items() if applies], None
 
 
-def _prepare_records(jobs):
-    return [_prepare_record(job) for job in jobs]
+def _start_worker():
+    """A worker ignores Ctrl-C, which its parent handles, and ends when its parent has ended, however that ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def watch():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def _from_pool(pool, jobs, workers, patience=120):
-    """Results in order; a pool whose worker was killed would wait for ever, so wait `patience` seconds at most."""
-    size = min(16, len(jobs) // workers)  # handing the jobs over one by one, all would take a third longer
-    portions = [jobs[i:i + size] for i in range(0, len(jobs), size)]
-    results = pool.imap(_prepare_records, portions)
-    for portion in portions:
-        try:
-            yield from results.next(timeout=patience)
-        except multiprocessing.TimeoutError:
-            raise RuntimeError(f"no answer for record {portion[0][0]} and the next in {patience} s: was a worker process "
-                               "killed (out of memory)? Run the cell again, or call build_h5 with workers=1.") from None
+def _in_processes(jobs, workers):
+    """Results of `_prepare_record` in order, from `workers` processes; one works in this process."""
+    if workers == 1:
+        yield from map(_prepare_record, jobs)
+        return
+    portion = max(1, min(16, len(jobs) // workers))  # handing the jobs over one by one takes a third longer
+    context = multiprocessing.get_context(START_METHOD)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    try:
+        yield from pool.map(_prepare_record, jobs, chunksize=portion)
+    except BrokenProcessPool:
+        raise RuntimeError("a worker process was killed (out of memory?) and no file was written. Run the cell "
+                           "again, or call build_h5 with workers=1.") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def data_fingerprint(records_file):
-    """Digest of the records' names, headers (with their checksums) and .dat sizes: which data is this?"""
-    digest, folder = hashlib.sha256(), Path(records_file).parent
-    for name in read_records(records_file):
-        for suffix, content in ((".hea", Path.read_bytes), (".dat", lambda file: str(file.stat().st_size).encode())):
-            file = folder / (name + suffix)
-            digest.update(f"{name}{suffix}\n".encode() + (content(file) if file.is_file() else b"missing"))
-    return digest.hexdigest()[:16]
-
-
+# ---- HDF5: preprocess all records into one file ----
 def h5_problem(h5_file, fingerprint, n_exams):
-    """Why `h5_file` is not the finished result for these records (one sentence), or None if it is."""
+    """The file's attributes, and why it is not the finished result for these records (a phrase; None if it is)."""
+    attributes = {}
     try:
         with h5py.File(h5_file, "r") as file:
-            said = file.attrs.get("fingerprint"), file.attrs.get("settings"), file["tracings"].shape
+            attributes = dict(file.attrs)
+            shape = file["tracings"].shape
             file["tracings"][-1]  # the last exam can be read
     except Exception as error:  # h5py raises many types for a foreign or damaged file
-        return f"cannot be read ({error})"
-    if said[1] != PREPROCESSING or said[2] != (n_exams, N_SAMPLES, len(LEADS)):
-        return f"has other contents (shape {said[2]}, settings {said[1]})"
-    return None if said[0] == fingerprint else "was made from other records"
+        return attributes, f"cannot be read ({error})"
+    if attributes.get("settings") != _preprocessing_settings() or shape != (n_exams, N_SAMPLES, len(LEADS)):
+        return attributes, f"has other contents (shape {shape}, or other preprocessing settings)"
+    return attributes, None if attributes.get("fingerprint") == fingerprint else "was made from other records"
+
+
+def _preprocessing_settings():
+    """What a tracing depends on besides its record: the code of the preprocessing, with its constants."""
+    notes = Notes()
+    describe(preprocess_ecg, notes)
+    return _digest(notes.code)
 
 
 def build_h5(records_file, h5_file, workers=None):
@@ -506,114 +1091,206 @@ def build_h5(records_file, h5_file, workers=None):
     Parameters
     ----------
     h5_file : path to write: dataset `tracings` (exams, 4096, 8) float32 in mV, order of RECORDS.txt
-    workers : processes; default: one a core. 1 works in this process.
+    workers : processes; default: one per core. 1 works in this process.
 
-    Returns the path. Raises ValueError naming every bad record (the first ten, and how many); no file is left then.
+    Returns the path. ValueError names the bad records (the first ten, and how many); no file is left then. A file
+    of other data makes room; one that was not built here is kept under another name.
     """
     records_file, h5_file = Path(records_file), Path(h5_file)
     names, fingerprint = read_records(records_file), data_fingerprint(records_file)
     if h5_file.exists():
-        problem = h5_problem(h5_file, fingerprint, len(names))
+        attributes, problem = h5_problem(h5_file, fingerprint, len(names))
         if problem is None:
-            print(f"{h5_file}: {len(names):,} exams, ready from an earlier run.", flush=True)
+            print(f"{h5_file}: {len(names):,} exams, ready from an earlier run." + attributes["remarks"], flush=True)
             return h5_file
         print(f"{h5_file} {problem}: it is built again.", flush=True)
-        h5_file.unlink()
+        h5_file.unlink(missing_ok=True) if "fingerprint" in attributes else _move_aside(h5_file)
     workers = min(workers or os.cpu_count() or 1, len(names))
     print(f"Preprocessing {len(names):,} exams of {records_file.parent} with {workers} process(es) ...", flush=True)
-    start, remarks, bad = time.monotonic(), Counter(), []
-    pool = multiprocessing.get_context(START_METHOD).Pool(workers) if workers > 1 else nullcontext()
-    with pool, whole_file(h5_file) as part:
-        with h5py.File(part, "w") as file:
-            tracings = file.create_dataset("tracings", (len(names), N_SAMPLES, len(LEADS)), "<f4")
-            tracings[-1:] = np.zeros((1, N_SAMPLES, len(LEADS)))  # the first write reserves the room of all
-            place, size = tracings.id.get_offset(), tracings[-1].nbytes
-        jobs = [(str(records_file.parent / name), str(part), place + i * size) for i, name in enumerate(names)]
-        results = _from_pool(pool, jobs, workers) if workers > 1 else map(_prepare_record, jobs)
-        for notes, error in progress(results, "preprocess", len(names), "exam"):
-            remarks.update(notes)
-            bad += [error] if error else []
-        with h5py.File(part, "r+") as file:
-            file.attrs.update(fingerprint=fingerprint, settings=PREPROCESSING)
-        if bad:
-            raise ValueError(f"{len(bad)} of {len(names):,} records cannot be used, {h5_file.name} was not "
-                             "written:\n  " + "\n  ".join(bad[:10]) + ("\n  ..." if len(bad) > 10 else ""))
+    start, bad, remarks = time.monotonic(), [], {}
+    with whole_file(h5_file) as part:
+        jobs = _empty_h5(part, records_file.parent, names)
+        with closing(_in_processes(jobs, workers)) as results:  # an interrupt ends the workers at once
+            for name, (notes, error) in zip(names, progress(results, "preprocess", len(names), "exam")):
+                bad += [error] if error else []
+                for note in notes:
+                    remarks.setdefault(note, []).append(name)
+        lines = "".join(f"\n  {len(exams)} exams: {note}: {first_ten(exams)}" for note, exams in remarks.items())
+        _finish_h5(part, h5_file, names, bad, {"fingerprint": fingerprint, "remarks": lines})
     seconds = time.monotonic() - start
-    print(f"{h5_file}: {len(names):,} exams in {seconds:.0f} s ({len(names) / seconds:.0f} exams/s)."
-          + "".join(f"\n  {count} exams: {note}" for note, count in remarks.items()), flush=True)
+    speed = f"{seconds:.0f} s ({len(names) / seconds:.0f} exams/s)"
+    print(f"{h5_file}: {len(names):,} exams in {speed}.{lines}", flush=True)
     return h5_file
 
 
-# ---- Labels and the split by patient -------------------------------------------------------------
+# ---- HDF5: room for all rows, and the check that each was written ----
+def _empty_h5(part, folder, names):
+    """Write an HDF5 file with room for all tracings; one job (record, file, place in bytes) per record."""
+    with h5py.File(part, "w") as file:
+        tracings = file.create_dataset("tracings", (len(names), N_SAMPLES, len(LEADS)), "<f4")
+        # the first write reserves the room of all exams; a whole exam, as writing one number makes HDF5 crash at
+        # closing on a full disk
+        tracings[-1:] = np.zeros((1, N_SAMPLES, len(LEADS)))
+        start, size = tracings.id.get_offset(), N_SAMPLES * len(LEADS) * 4
+    jobs = [(str(folder / name), str(part), start + i * size) for i, name in enumerate(names)]
+    with open(part, "r+b") as file:  # not through a memory map, which ends the process where the disk is full
+        for _, _, place in jobs:
+            file.seek(place)
+            file.write(np.float32(np.nan).tobytes())  # a tracing has no NaN: a row that keeps it was never written
+    return jobs
+
+
+def _map_rows(h5_file, place, n_exams, mode):
+    return np.memmap(h5_file, "<f4", mode, place, (n_exams, N_SAMPLES, len(LEADS)))
+
+
+def _finish_h5(part, h5_file, names, bad, attributes):
+    """Refuse the file if a record was bad or a row was never written; else note what it was made from."""
+    if bad:
+        more = "\n  ..." if len(bad) > 10 else ""
+        raise ValueError(f"{len(bad)} of {len(names):,} records cannot be used, {h5_file.name} was not written:\n  "
+                         + "\n  ".join(bad[:10]) + more)
+    with h5py.File(part, "r+") as file:
+        place = file["tracings"].id.get_offset()
+        file.attrs.update(attributes, settings=_preprocessing_settings())
+    unwritten = np.isnan(_map_rows(part, place, len(names), "r")[:, 0, 0])
+    if unwritten.any():
+        lost = [name for name, is_lost in zip(names, unwritten) if is_lost]
+        raise RuntimeError(f"{h5_file.name}: {first_ten(lost)} were not written. Run the cell again.")
+
+
+# ---- Labels: the table in the order of the records ----
+_TRUTH = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+_SEX = {"f": "F", "female": "F", "woman": "F", "w": "F", "m": "M", "male": "M", "man": "M"}
+
+
 def load_labels(csv_file, records_file):
     """Read the label table in the order of the records (the CSV's own order is another one).
 
-    Returns a DataFrame indexed by id_exam, one row a record: id_patient, age, sex, AF (int 0/1), ...
-    Raises ValueError naming the column or the exams: missing, duplicated, or AF not 0/1.
+    Returns a DataFrame indexed by id_exam, one row per record: id_patient (one spelling per patient), age (float,
+    NaN where it is blank), sex ("F", "M" or NaN), AF (int 0/1) and what else the table has.
+    ValueError names the column or the exams: missing, duplicated, or AF not 0/1.
     """
     try:
-        table = pd.read_csv(csv_file, encoding="utf-8-sig", skipinitialspace=True)
+        table = pd.read_csv(csv_file, encoding="utf-8-sig", skipinitialspace=True, dtype={"id_patient": str})
     except ValueError as error:  # empty, not UTF-8, rows of different lengths
         raise ValueError(f"{csv_file} is no table ({error}). Extract the archive again.") from error
-    if missing := [c for c in ("id_exam", "id_patient", "age", "sex", "AF") if c not in table]:
+    if missing := [name for name in ("id_exam", "id_patient", "age", "sex", "AF") if name not in table]:
         raise ValueError(f"{csv_file}: column {', '.join(missing)} missing; it has {', '.join(map(str, table))}")
     table["id_exam"] = pd.to_numeric(table["id_exam"], errors="coerce")
-    ids = [re.fullmatch(r"(?:.*/)?TNMG(\d+)", name) for name in read_records(records_file)]
-    if not all(ids):
-        raise ValueError(f"{records_file}: record names must look like TNMG100046")
-    ids = [int(match[1]) for match in ids]
+    ids = _exam_numbers(records_file)
     mine = table[table["id_exam"].isin(ids)].astype({"id_exam": "int64"})
     if len(mine) < len(table):
         print(f"{csv_file}: {len(table) - len(mine):,} rows belong to no record and are ignored.", flush=True)
-    twice = mine.loc[mine["id_exam"].duplicated(), "id_exam"].unique()
-    absent = sorted(set(ids) - set(mine["id_exam"]))
-    af = mine["AF"].astype(str).str.strip().str.lower().map({"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1})
-    for what, exams in (("appear more than once", twice), ("have no row", absent),
-                        ("have an AF that is not 0 or 1", mine.loc[af.isna(), "id_exam"]),
-                        ("have no id_patient", mine.loc[mine["id_patient"].isna(), "id_exam"])):
+    af = mine["AF"].astype(str).str.strip().str.lower().map(_TRUTH)
+    patient = _patient_numbers(mine["id_patient"])
+    problems = {"appear more than once": mine.loc[mine["id_exam"].duplicated(), "id_exam"].unique(),
+                "have no row": sorted(set(ids) - set(mine["id_exam"])),
+                "have an AF that is not 0 or 1": mine.loc[af.isna(), "id_exam"],
+                "have no id_patient": mine.loc[patient.isna(), "id_exam"]}
+    for what, exams in problems.items():
         if len(exams):
-            raise ValueError(f"{csv_file}: {len(exams)} exams {what}: {first_ten(exams)}. Mend the table.")
-    return mine.assign(AF=af.astype(int)).set_index("id_exam").loc[ids]
+            raise ValueError(f"{csv_file}: {len(exams)} exams {what}: {first_ten(exams)}. Correct the table.")
+    age = pd.to_numeric(mine["age"], errors="coerce").astype(float)
+    sex = mine["sex"].astype(str).str.strip().str.lower().map(_SEX)
+    for name, column in (("age", age), ("sex", sex)):
+        if column.isna().any():
+            print(f"{csv_file}: {column.isna().sum():,} exams have no {name} that can be read.", flush=True)
+    return mine.assign(AF=af.astype(int), id_patient=patient, age=age, sex=sex).set_index("id_exam").loc[ids]
 
 
-def split_by_patient(labels, valid_fraction=0.2, seed=42):
-    """Split exams into training and validation so that no patient is on both sides.
+def require_enough(labels, folds=5):
+    """ValueError, in one sentence, where too few patients have (or lack) AF for `folds` patient folds."""
+    patients = {name: labels.loc[labels["AF"] == label, "id_patient"].nunique()
+                for label, name in ((1, "AF"), (0, "no AF"))}
+    if min(patients.values()) < folds:
+        raise ValueError(f"the training data have AF exams of {patients['AF']} patients and exams without AF of "
+                         f"{patients['no AF']}, needed are at least {folds} patients of each for the patient folds.")
 
-    Patients, in random order, go to validation while both classes have room there, which keeps the AF share
-    equal on both sides as far as patients allow. Returns train_idx, valid_idx: positions in `labels`.
+
+def _exam_numbers(records_file):
+    """Exam numbers of the records, in order; two names for one number ("TNMG1", "TNMG01") are refused."""
+    names = read_records(records_file)
+    matches = [re.fullmatch(r"(?:.*/)?TNMG(\d+)", name) for name in names]
+    if not all(matches):
+        raise ValueError(f"{records_file}: record names must look like TNMG100046")
+    ids = [int(match[1]) for match in matches]
+    counts = Counter(ids)
+    if twice := [name for name, number in zip(names, ids) if counts[number] > 1]:
+        raise ValueError(f"{records_file}: {first_ten(twice)} have the same exam number")
+    return ids
+
+
+def _patient_numbers(column):
+    """One spelling per patient: "10", " 10.0" and "010" are one; numbers where all are numbers."""
+    text = column.str.strip().str.replace(r"^0*(\d+)(?:\.0*)?$", r"\1", regex=True)
+    text = text.where(text != "")
+    return text.astype("int64") if text.str.fullmatch(r"\d{1,18}", na=False).all() else text
+
+
+# ---- Rhythm features: R peaks, RR irregularity, P waves ----
+P_WINDOW = slice(-96, -24)  # samples at 400 Hz relative to the R peak: 0.24 to 0.06 s before it
+LEAD_II = 1
+
+
+def r_peaks(exam, sample_rate=SAMPLE_RATE):
+    """Samples of the R peaks of one exam (8, samples): peaks of the summed squared slope, 0.1 s smoothed."""
+    slope = np.square(np.diff(exam, axis=1)).sum(axis=0)
+    energy = dsp.convolve(slope, np.hanning(sample_rate // 10), mode="same")
+    return dsp.find_peaks(energy, height=0.4 * np.percentile(energy, 97), distance=sample_rate // 4)[0]
+
+
+def rr_irregularity(exam):
+    """Normalised mean absolute difference of successive RR intervals; 0 where there are too few beats."""
+    rr = np.diff(r_peaks(exam))
+    return float(np.abs(np.diff(rr)).mean() / rr.mean()) if len(rr) > 2 else 0.0
+
+
+def p_wave_height(exam):
+    """Height (mV) of the mean P window of lead II over all beats, linearly detrended; 0 without a beat."""
+    starts = [peak + P_WINDOW.start for peak in r_peaks(exam) if peak + P_WINDOW.start >= 0]
+    length = P_WINDOW.stop - P_WINDOW.start
+    beats = [exam[LEAD_II, start:start + length] for start in starts]
+    return float(np.ptp(dsp.detrend(np.mean(beats, axis=0)))) if beats else 0.0
+
+
+def rhythm_features(traces, block=256):
+    """DataFrame with rr_irregularity and p_height (mV) of each exam of `traces`, tensor or h5py dataset."""
+    rows = []
+    for start in progress(range(0, len(traces), block), "rhythm features", unit="block"):
+        part = torch.as_tensor(traces[start:start + block]).cpu().numpy()
+        rows += [(rr_irregularity(exam.T), p_wave_height(exam.T)) for exam in part]
+    return pd.DataFrame(rows, columns=["rr_irregularity", "p_height"])
+
+
+# ---- Tracings in memory and the batches ----
+def load_tracings(h5_file, device="cpu", max_bytes=None):
+    """Tracings of an HDF5 file as a tensor (exams, 4096, 8): on the GPU if they fit there, in memory if they fit
+    there, else mapped from the file, which then is read batch by batch (`max_bytes`: the memory they may take).
     """
-    if not 0 < valid_fraction < 1:
-        raise ValueError(f"valid_fraction must lie between 0 and 1, not {valid_fraction}")
-    patient, af = labels["id_patient"].to_numpy(), labels["AF"].to_numpy()
-    names, code = np.unique(patient, return_inverse=True)
-    if len(names) < 2:
-        raise ValueError("one patient cannot be split: both sides need at least one")
-    counts = np.stack([np.bincount(code, af == label, len(names)) for label in (0, 1)], axis=1)
-    room = np.floor(valid_fraction * counts.sum(axis=0))
-    in_valid = np.zeros(len(names), bool)
-    for p in np.random.default_rng(seed).permutation(len(names)):
-        if (counts[p] <= room).all():
-            in_valid[p], room = True, room - counts[p]
-    if not in_valid.any():  # no patient fits whole: take the one with the fewest exams
-        in_valid[counts.sum(axis=1).argmin()] = True
-    return np.flatnonzero(~in_valid[code]), np.flatnonzero(in_valid[code])
+    with h5py.File(h5_file, "r") as file:
+        data = file["tracings"]
+        room = 0.6 * _free_memory() if max_bytes is None else max_bytes
+        if data.nbytes > room:
+            print(f"{h5_file}: {data.nbytes / 2**30:.1f} GiB do not fit into memory; read from the disk.", flush=True)
+            # "c": changes stay in memory; the file itself is only read
+            return torch.from_numpy(_map_rows(h5_file, data.id.get_offset(), len(data), "c"))
+        traces = torch.from_numpy(data[:])
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 3 * traces.nbytes:
+        return traces.to(device)
+    return traces
 
 
-# ---- Training ------------------------------------------------------------------------------------
-def pick_device():
-    """CUDA, then Apple's MPS, then the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def seed_everything(seed):
-    """Seed Python, NumPy and PyTorch (all devices)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def _free_memory():
+    try:
+        return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):  # no Linux: half of what the machine has, or no limit where it does not say
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 if hasattr(os, "sysconf") else math.inf
 
 
 class BatchLoader:
-    """Whole batches by index from tracings in memory or on the device: a DataLoader without collation.
+    """Whole batches by index from tracings in memory, on the device or mapped: a DataLoader without collation.
 
     Yields (traces (batch, 4096, 8), targets (batch, 1)) of the exams `indices`, in an order drawn from torch's
     random state with `shuffle`. `traces` is not copied, so train and validation share it.
@@ -633,14 +1310,17 @@ class BatchLoader:
         for batch in order.tensor_split(len(self)):  # equal sizes: a last batch of few exams would be noise
             yield self.traces[batch], self.targets[batch]
 
+    def identity(self):
+        """What a run depends on: exams, targets, batches, and a weighted sum per lead of at most 2,000 tracings."""
+        some = self.indices[:: math.ceil(len(self.indices) / 2000)].tolist()
+        weights = torch.cos(torch.arange(len(range(0, self.traces.shape[1], 16))) + 1.0)[:, None]
+        sums = [(self.traces[i, ::16].cpu() * weights).sum(dim=0) for i in some]
+        targets = self.targets[self.indices.to(self.targets.device)].cpu()
+        return {"exams": self.indices, "targets": (1000 * targets).round().long(), "batch size": self.batch_size,
+                "shuffle": self.shuffle, "tracings": torch.stack(sums)}
 
-def mixed_precision(device):
-    """The type for torch.autocast: bfloat16 or float16 on CUDA as the card allows, None elsewhere."""
-    if torch.device(device).type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
-
+# ---- Train function: one epoch ----
 def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, augment=None, scheduler=None,
                averaged=None, scaler=None, amp_dtype=None, max_norm=None):
     """Train `model` for one epoch.
@@ -658,7 +1338,7 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
     device, n_exams = torch.device(device), 0
     scaler = scaler or torch.amp.GradScaler(enabled=False)  # without mixed precision it passes everything on
     model.train()
-    loss_sum = torch.zeros((), device=device)  # stays on the device: no synchronisation per batch
+    loss_sum = torch.zeros((), device=device)  # stays on the device: no host-device synchronisation per batch
     for traces, targets in progress(dataloader, f"epoch {epoch}"):
         # 1. a batch, on the device, augmented
         traces, targets = traces.to(device), targets.to(device)
@@ -666,6 +1346,7 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
         # 2. forward: logits and their loss
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(traces)
+        require_shape(logits, targets)
         loss = loss_function(logits.float(), targets)
         # 3. backward
         optimizer.zero_grad(set_to_none=True)
@@ -685,6 +1366,14 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
     return loss_sum.item() / n_exams
 
 
+def require_shape(logits, targets):
+    """ValueError unless the model returned one logit per exam: other shapes would be broadcast without a word."""
+    if logits.shape != targets.shape:
+        raise ValueError(f"the model returned shape {tuple(logits.shape)} for {len(targets)} exams, wanted "
+                         f"{tuple(targets.shape)}: one logit per exam, (batch, 1)")
+
+
+# ---- Eval function: one pass without gradients, and the one sigmoid ----
 @torch.no_grad()
 def eval_loop(epoch, dataloader, model, loss_function, device, *, amp_dtype=None):
     """Evaluate `model` without gradients; parameters as in `train_loop`.
@@ -698,6 +1387,7 @@ def eval_loop(epoch, dataloader, model, loss_function, device, *, amp_dtype=None
         traces, targets = traces.to(device), targets.to(device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(traces).float()
+        require_shape(logits, targets)
         loss_sum += loss_function(logits, targets) * len(targets)
         logits_all.append(logits)
         targets_all.append(targets)
@@ -706,7 +1396,7 @@ def eval_loop(epoch, dataloader, model, loss_function, device, *, amp_dtype=None
 
 
 def to_probability(logits):
-    """The project's one sigmoid, in float64: float32 saturates and would tie the most certain exams."""
+    """The one sigmoid of the project, in float64: float32 saturates and would tie the most certain exams."""
     return expit(np.asarray(logits, dtype=np.float64))
 
 
@@ -714,7 +1404,7 @@ def to_probability(logits):
 def predict(model, traces, device, batch_size=None, amp_dtype=None, shifts=(0,)):
     """Logits (n,) float64 of `traces`, an h5py dataset, array or tensor (n, 4096, 8), batch by batch.
 
-    `shifts`: samples by which each exam is moved (circularly); the logits are averaged over them.
+    `shifts`: samples by which each exam is shifted circularly; the logits are averaged over them.
     """
     device, logits = torch.device(device), []
     batch_size = batch_size or (16 if device.type == "cpu" else 256)  # 16 exams suit a CPU's cache
@@ -722,158 +1412,44 @@ def predict(model, traces, device, batch_size=None, amp_dtype=None, shifts=(0,))
     for start in progress(range(0, len(traces), batch_size), "predict"):
         batch = torch.as_tensor(traces[start:start + batch_size]).to(device, torch.float32)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            moved = [model(batch.roll(shift, 1) if shift else batch).float() for shift in shifts]
-        logits.append(torch.stack(moved).mean(dim=0).squeeze(1))
+            shifted = [model(batch.roll(shift, 1) if shift else batch).float() for shift in shifts]
+        require_shape(shifted[0], batch[:, 0, :1])
+        logits.append(torch.stack(shifted).mean(dim=0).squeeze(1))
     return torch.cat(logits).cpu().numpy().astype(np.float64)
 
 
-def best_epoch(history, select="valid_loss"):
-    """Index of the epoch whose weights are kept: lowest loss, highest other metric, or the last."""
-    if select == "last":
-        return len(history["epoch"]) - 1
-    values = np.array(history[select], dtype=float)
-    return int(np.nanargmin(values) if select.endswith("loss") else np.nanargmax(values))
+# ---- The split by patient ----
+def split_by_patient(labels, valid_fraction=0.2, seed=42):
+    """Split exams into training and validation so that no patient is on both sides.
 
-
-def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, device, run_dir, scheduler=None,
-        augment=None, ema_decay=None, max_norm=None, select="valid_loss", seed=42, settings=None,
-        amp_dtype=None, overwrite=False):
-    """Train with validation each epoch, keep the best weights, checkpoint each epoch, resume exactly.
-
-    Each epoch draws its randomness from (`seed`, epoch): a killed run that is started again ends with the same
-    numbers (on the CPU to the last bit). A finished run is loaded, not repeated.
-
-    Parameters
-    ----------
-    run_dir : folder for checkpoint.pt, history.json and model.pth (the kept weights)
-    scheduler : OneCycleLR, CyclicLR step each batch, ReduceLROnPlateau on the validation loss, others each epoch
-    ema_decay : validate and keep a moving average of the weights with this decay a step, instead of the last
-    select : history key whose best epoch is kept ("valid_loss", "auroc", "ap", "f1"), or "last"
-    settings : dict of JSON values, what else the run depends on (data, batch size): others start a new run
-
-    Returns the history, a dict of lists: epoch, lr, train_loss, valid_loss, auroc, ap, f1, accuracy, seconds.
-    `model` holds the kept weights afterwards. A loss that is not finite: FloatingPointError.
+    Patients, in random order, go to validation while both classes have room there, which keeps the prevalence
+    equal on both sides as far as patients allow. Returns train_idx, valid_idx: positions in `labels`.
     """
-    run_dir, device = Path(run_dir), torch.device(device)
-    averaged = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay), use_buffers=True) if ema_decay else None
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10) if amp_dtype == torch.float16 else None
-    parts = {name: part for name, part in (("model", model), ("optimizer", optimizer), ("scheduler", scheduler),
-                                           ("averaged", averaged), ("scaler", scaler)) if part is not None}
-    run = _describe_run(model, optimizer, loss_function, scheduler, epochs=epochs, seed=seed, ema_decay=ema_decay,
-                        select=select, max_norm=max_norm, augment=_name(augment),
-                        **{f"settings.{key}": value for key, value in (settings or {}).items()})
-    watched = ("auroc", "ap", "f1", "accuracy")
-    history, best = {key: [] for key in ("epoch", "lr", "train_loss", "valid_loss", *watched, "seconds")}, None
-    if not overwrite and (state := _load_checkpoint(run_dir, run, device)):
-        history, best = state["history"], state["best"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-    validated = averaged.module if averaged is not None else model
-    each_batch = isinstance(scheduler, (torch.optim.lr_scheduler.OneCycleLR, torch.optim.lr_scheduler.CyclicLR))
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for epoch in range(len(history["epoch"]) + 1, epochs + 1):
-                start = time.monotonic()
-                torch.manual_seed(1_000_003 * seed + epoch)
-                rate = optimizer.param_groups[0]["lr"]
-                train_loss = train_loop(epoch, train_loader, model, optimizer, loss_function, device, augment=augment,
-                                        scheduler=scheduler if each_batch else None, averaged=averaged, scaler=scaler,
-                                        amp_dtype=amp_dtype, max_norm=max_norm)
-                _require_finite(train_loss, "training", epoch, rate, model)
-                valid_loss, prob, y = eval_loop(epoch, valid_loader, validated, loss_function, device, amp_dtype=amp_dtype)
-                _require_finite(valid_loss, "validation", epoch, rate, model)
-                if scheduler is not None and not each_batch:
-                    plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-                    scheduler.step(*([valid_loss] if plateau else []))
-                metrics = classification_metrics(y, prob)
-                row = {"epoch": epoch, "lr": float(rate), "train_loss": train_loss, "valid_loss": valid_loss,
-                       "seconds": time.monotonic() - start, **{k: metrics[k] for k in watched}}
-                for key, value in row.items():
-                    history[key].append(value)
-                kept = best_epoch(history, select) == epoch - 1
-                if kept:
-                    best = {name: value.detach().cpu().clone() for name, value in validated.state_dict().items()}
-                print(f"epoch {epoch:3d}/{epochs}  loss {train_loss:.4f}  validation loss {valid_loss:.4f}  "
-                      f"AUROC {row['auroc']:.3f}  AP {row['ap']:.3f}  F1 {row['f1']:.3f}  {row['seconds']:.1f} s"
-                      f"{'  *' if kept and select != 'last' else ''}", flush=True)
-                _save_checkpoint(run_dir, {"run": run, "history": history, "best": best,
-                                           **{name: part.state_dict() for name, part in parts.items()}})
-    finally:  # after Ctrl-C too: the best weights so far
-        if best is not None:
-            model.load_state_dict(best)
-    with whole_file(run_dir / "model.pth") as part:
-        torch.save(best, part)
-    write_json(run_dir / "history.json", {key: [v if v == v else None for v in row] for key, row in history.items()})
-    return history
+    if not 0 < valid_fraction < 1:
+        raise ValueError(f"valid_fraction must lie between 0 and 1, not {valid_fraction}")
+    patient, af = labels["id_patient"].to_numpy(), labels["AF"].to_numpy()
+    names, code = np.unique(patient, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError("one patient cannot be split: both sides need at least one")
+    counts = np.stack([np.bincount(code, af == label, len(names)) for label in (0, 1)], axis=1)
+    room = np.floor(valid_fraction * counts.sum(axis=0))
+    in_valid = np.zeros(len(names), bool)
+    for p in np.random.default_rng(seed).permutation(len(names)):
+        if (counts[p] <= room).all():
+            in_valid[p], room = True, room - counts[p]
+    if not in_valid.any():  # no patient fits whole: take the one with the fewest exams
+        in_valid[counts.sum(axis=1).argmin()] = True
+    return np.flatnonzero(~in_valid[code]), np.flatnonzero(in_valid[code])
 
 
-def _require_finite(loss, what, epoch, rate, model):
-    if not math.isfinite(loss):
-        odd = [name for name, value in model.named_parameters() if not torch.isfinite(value).all()]
-        where = f"not finite: {first_ten(odd)}" if odd else "the weights are still finite: look at the input"
-        raise FloatingPointError(f"{what} loss is {loss} in epoch {epoch} at learning rate {rate:.2g} ({where}). The "
-                                 "checkpoint holds the epoch before. Lower the learning rate or clip the gradient.")
-
-
-def _name(part):
-    """A function's name or an object's type: never its address, which differs from process to process."""
-    return getattr(part, "__qualname__", type(part).__name__)
-
-
-def _describe_run(model, optimizer, loss_function, scheduler, **settings):
-    """All that the result of a run depends on, as JSON text: a checkpoint continues only an equal one."""
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    loss = {name: value.tolist() for name, value in getattr(loss_function, "state_dict", dict)().items()}
-    weights = hashlib.sha256(b"".join(v.detach().cpu().numpy().tobytes() for v in model.state_dict().values()))
-    return json.dumps({"model": str(model), "start": weights.hexdigest()[:16], "loss": [_name(loss_function), loss],
-                       "optimizer": [_name(optimizer), groups],
-                       "scheduler": [_name(scheduler), scheduler and scheduler.state_dict()],
-                       **settings}, sort_keys=True, default=str)
-
-
-def _save_checkpoint(run_dir, state):
-    """Write the checkpoint whole; the one before stays as checkpoint.previous.pt."""
-    with whole_file(path := run_dir / "checkpoint.pt") as part:
-        torch.save(state, part)
-        if path.exists():
-            os.replace(path, run_dir / "checkpoint.previous.pt")
-
-
-def _load_checkpoint(run_dir, run, device):
-    """The newest readable checkpoint of the same run, or None."""
-    for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"):
-        if not path.exists():
-            continue
-        try:
-            with zipfile.ZipFile(path) as parts:  # torch.load does not check the sums that torch.save wrote
-                if parts.testzip():
-                    raise zipfile.BadZipFile("wrong checksum")
-            state = torch.load(path, map_location=device, weights_only=True)
-            there = json.loads(state["run"])
-            done = len(state["history"]["epoch"])
-        except Exception as error:  # torch raises many types for a damaged file: all mean the same here
-            print(f"{path} is damaged ({type(error).__name__}): trying the one before.", flush=True)
-            os.replace(path, path.with_suffix(".damaged"))  # or the next save would push out the good one
-            continue
-        here = json.loads(run)
-        if changed := [key for key in {**here, **there} if here.get(key) != there.get(key)]:
-            print(f"{run_dir} holds a run with other settings ({', '.join(sorted(changed))}): training starts anew.",
-                  flush=True)
-            return None
-        print(f"{path}: {done} epochs are done{'' if done == here['epochs'] else ', continuing'}.", flush=True)
-        return state
-    return None
-
-
-# ---- Metrics and the decision --------------------------------------------------------------------
+# ---- Metrics ----
 def classification_metrics(y_true, y_prob, threshold=0.5, prevalence=None):
     """Metrics of AF probabilities.
 
     Parameters
     ----------
     y_true, y_prob : arrays of n values (any shape): 0/1, and the probability of AF
-    threshold : AF is called where y_prob > threshold (a tie is no AF, as on the leaderboard)
+    threshold : AF is predicted where y_prob > threshold (a tie is no AF, as on the leaderboard)
     prevalence : weight the exams so that AF makes up this share; None: every exam counts once
 
     Returns a dict of float: accuracy, f1, precision, recall, specificity, auroc, ap, leaderboard_ap (the mean of
@@ -885,21 +1461,21 @@ def classification_metrics(y_true, y_prob, threshold=0.5, prevalence=None):
     if not np.isin(y, (0, 1)).all() or not ((p >= 0) & (p <= 1)).all():
         raise ValueError("labels must be 0 or 1 and probabilities finite, between 0 and 1")
     both = 0 < y.sum() < len(y)
-    weight = class_weights(y, prevalence)
+    weight = exam_weights(y, prevalence)
     tn, fp, fn, tp = confusion_matrix(y, p > threshold, labels=[0, 1], sample_weight=weight).ravel()
 
     def ratio(part, whole):
         return float(part / whole) if whole > 0 else 0.0
 
-    ap, ap_no_af = (average_precision_score(t, q, sample_weight=weight) if both else math.nan
-                    for t, q in ((y, p), (1 - y, 1 - p)))
+    auroc = roc_auc_score(y, p, sample_weight=weight) if both else math.nan
+    ap = average_precision_score(y, p, sample_weight=weight) if both else math.nan
+    ap_no_af = average_precision_score(1 - y, 1 - p, sample_weight=weight) if both else math.nan
     return {"accuracy": ratio(tp + tn, tp + tn + fp + fn), "f1": ratio(2 * tp, 2 * tp + fp + fn),
             "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn), "specificity": ratio(tn, tn + fp),
-            "auroc": float(roc_auc_score(y, p, sample_weight=weight)) if both else math.nan,
-            "ap": float(ap), "leaderboard_ap": float(ap + ap_no_af) / 2}
+            "auroc": float(auroc), "ap": float(ap), "leaderboard_ap": float(ap + ap_no_af) / 2}
 
 
-def class_weights(y, prevalence=None):
+def exam_weights(y, prevalence=None):
     """Weights of exams that make AF count `prevalence` of the whole; ones where it is None or undefined."""
     if prevalence is not None and not 0 < prevalence < 1:
         raise ValueError(f"the prevalence is a share between 0 and 1, not {prevalence}")
@@ -909,30 +1485,581 @@ def class_weights(y, prevalence=None):
     return np.where(y == 1, prevalence / share, (1 - prevalence) / (1 - share))
 
 
+# ---- The operating point and the two columns of a submission ----
 def balanced_threshold(y_true, logits, prevalence=0.5):
-    """Logit at which the odds of AF are even in a population with this AF share, from validation exams.
+    """Logit at which the odds of AF are even in a population with this prevalence, from validation exams.
 
-    A logistic regression of the label on the logit (Platt 1999), weighted to `prevalence`: steadier than the maximum
-    of the F1 curve. Returns threshold, scale: the calibrated probability is sigmoid(scale * (logit - threshold)).
+    A logistic regression of the label on the logit, weighted to `prevalence`, with the smoothed targets of
+    Platt (1999), (N+ + 1) / (N+ + 2) and 1 / (N- + 2): its slope stays finite where the classes separate.
+    Returns threshold, scale: the calibrated probability is sigmoid(scale * (logit - threshold)).
     """
-    y, z = np.ravel(y_true), np.ravel(logits)
-    platt = LogisticRegression(C=1e6).fit(z[:, None], y, sample_weight=class_weights(y, prevalence))
-    scale = float(platt.coef_[0, 0])
-    if not scale > 0:
+    y, z = np.ravel(y_true).astype(int), np.ravel(logits).astype(np.float64)
+    if len(y) != len(z) or not np.isfinite(z).all() or len(np.unique(y)) != 2:
+        raise ValueError(f"{len(y)} labels of {len(np.unique(y))} class(es) and {len(z)} logits: needed are as many "
+                         "labels as finite logits, of both classes")
+    z = np.clip(z, -1e100, 1e100)  # their differences stay finite
+    low, middle, high = np.array([np.quantile(z[y == label], [0.25, 0.5, 0.75]) for label in (0, 1)]).T
+    centre, spread = middle.mean(), abs(middle[1] - middle[0]) + np.sum(high - low) or np.ptp(z)
+    if spread < 1e-100:
         return 0.0, 1.0  # the logits carry no information: leave them as they are
-    return float(-platt.intercept_[0] / scale), scale
+    x = np.clip((z - centre) / spread, -2, 2)  # one logit of a million must not decide for all
+    target = np.where(y == 1, (y.sum() + 1) / (y.sum() + 2), 1 / ((1 - y).sum() + 2))
+    weight = exam_weights(y, prevalence)
+    # scikit-learn takes hard labels: each exam counts as AF with its target, and as no AF with the rest
+    platt = LogisticRegression(C=1e6, tol=1e-8, max_iter=1000).fit(
+        np.concatenate([x, x])[:, None], np.repeat([1, 0], len(y)),
+        sample_weight=np.concatenate([weight * target, weight * (1 - target)]))
+    slope, intercept = float(platt.coef_[0, 0]), float(platt.intercept_[0])
+    if slope <= 1e-6:
+        return 0.0, 1.0
+    return float(centre - spread * intercept / slope), float(slope / spread)
 
 
 def submission_probabilities(logits, threshold=0.0, scale=1.0):
-    """Two columns (no AF, AF) from logits, moved so that `threshold` (a logit) becomes p = 0.5.
+    """Two columns (no AF, AF) from logits, shifted so that the operating point `threshold` (a logit) is p = 0.5.
 
-    A monotone map: AUROC and AP stay as they are, the leaderboard's fixed decision at 0.5 becomes ours.
+    Strictly monotone: AUROC and AP stay as they are, the leaderboard's fixed threshold 0.5 becomes ours, and two
+    different logits have different probabilities in both columns (a sigmoid alone would tie the most certain
+    exams). Beyond |z| = 20 the calibrated logit z is compressed; it stays below 25.
     """
-    z = scale * (np.ravel(logits).astype(np.float64) - threshold)
-    return np.stack([to_probability(-z), to_probability(z)], axis=1)
+    values, place = np.unique(np.ravel(logits).astype(np.float64), return_inverse=True)
+    if np.isnan(values).any() or not math.isfinite(threshold) or not 0 < scale < math.inf:
+        raise ValueError(f"a logit is NaN, or threshold {threshold} and scale {scale} are not finite (scale: above 0)")
+    with np.errstate(over="ignore"):  # a difference beyond all numbers is infinite: as certain as can be
+        z = scale * (values - threshold)
+    size = np.abs(z)
+    z = np.sign(z) * np.where(size > 20, 25 - 5 * np.exp((20 - np.maximum(size, 20)) / 5), size)
+    columns = np.full((len(values), 2), 0.5)
+    for sign, rows in ((1, np.flatnonzero(values > threshold)), (-1, np.flatnonzero(values < threshold)[::-1])):
+        columns[rows, 1] = _distinct(to_probability(z[rows]), sign)
+        columns[rows, 0] = _distinct(to_probability(-z[rows]), -sign)
+    return columns[place.ravel()]
 
 
-# ---- Leaderboard: one submission a day counts, scores appear the next day, five in all ----------
+def _distinct(probability, sign):
+    """Probabilities above (sign 1) or below 0.5, the nearest to it first, kept apart by the smallest steps."""
+    half = np.float64(0.5).view(np.int64)
+    bits = np.ascontiguousarray(probability).view(np.int64)  # neighbouring numbers have neighbouring bits
+    steps = np.arange(1, len(bits) + 1)
+    away = np.maximum.accumulate(np.maximum(np.abs(bits - half), steps) - steps) + steps
+    return (half + sign * away).view(np.float64)
+
+
+# ---- What a run depends on: model, optimiser, schedule, exams ----
+def _describe_object(thing, notes):
+    notes.name(thing, f"the same {type(thing).__qualname__}")
+    has_identity = hasattr(type(thing), "identity") and not isinstance(thing, torch.nn.Module)
+    content = thing.identity() if has_identity else _settings_of(thing)
+    return {"type": describe(type(thing), notes), **describe(content, notes)}
+
+
+def _settings_of(thing):
+    """What an object's work depends on. None and False count as missing: libraries bring new switches, which are off."""
+    kept = dict(getattr(thing, "__dict__", {}))
+    if isinstance(thing, torch.nn.Module):
+        kept = {key: value for key, value in kept.items() if key not in _OF_EVERY_MODULE}
+        kept.update([*thing.named_children(), *thing.named_parameters(recurse=False), *thing.named_buffers(recurse=False)])
+    elif isinstance(thing, torch.optim.Optimizer):
+        groups = [{key: value for key, value in group.items() if key not in _FOR_SPEED} for group in thing.param_groups]
+        kept = {f"group {i}": _switched_on(group) for i, group in enumerate(groups, 1)}
+    elif isinstance(thing, torch.optim.lr_scheduler.LRScheduler):
+        kept = {key: value for key, value in kept.items() if key not in _OF_EVERY_SCHEDULE}
+    elif isinstance(thing, torch.utils.data.DataLoader):
+        kept = {key: getattr(thing, key) for key in ("dataset", "batch_size", "sampler", "drop_last", "collate_fn")}
+    if _library(type(thing)):
+        kept = {key: value for key, value in kept.items() if key[0] != "_" or key in _PRIVATE_SETTINGS}
+    return _switched_on(kept)
+
+
+def _switched_on(settings):
+    return {key: value for key, value in settings.items() if value is not None and value is not False}
+
+
+def describe_run(model, train_loader, valid_loader, optimizer, scheduler, loss_function, augment, settings):
+    """All that the result of a run depends on: a description (JSON values) and numbers to compare with tolerance."""
+    notes, description = Notes(), {}
+    parts = {"model": model, "training exams": train_loader, "validation exams": valid_loader, "loss": loss_function,
+             "augmentation": augment, "optimiser": optimizer, "schedule": scheduler, "loops": fit, **settings}
+    for name, part in parts.items():
+        notes.label = "starting weights" if part is model else name
+        description[name] = describe(part, notes)
+    description["code"] = notes.code
+    return description, notes.numbers
+
+
+# ---- The folder of a run ----
+def open_run(run_dir, description, numbers):
+    """Folder `run_dir`/<digest> of the run that this description belongs to; a new one is made where none fits."""
+    run_dir, digest, fitting = Path(run_dir), _digest(description), None
+    earlier = sorted(run_dir.glob("*/description.json"), key=lambda path: path.stat().st_mtime_ns)
+    for path in earlier:
+        if path.parent.name.startswith(digest) and _same_numbers(_read_description(path)["numbers"], numbers):
+            fitting = path.parent
+    if fitting is None:
+        taken = len(list(run_dir.glob(f"{digest}*")))
+        fitting = run_dir / (f"{digest}-{taken + 1}" if taken else digest)
+        if earlier:
+            changed = _differences(_read_description(earlier[-1]), {"description": description, "numbers": numbers})
+            print(f"{run_dir.name}: another run than {earlier[-1].parent.name}, which is kept; different: {changed}.",
+                  flush=True)
+        write_json(fitting / "description.json", {"description": description, "numbers": numbers})
+    write_json(run_dir / "last_used.json", {"folder": fitting.name})
+    return fitting
+
+
+def run_folder(run_dir):
+    """Folder of the run that `fit` made or loaded last under this name: `run_dir`/<digest>."""
+    return Path(run_dir) / json.loads((Path(run_dir) / "last_used.json").read_text(encoding="utf-8"))["folder"]
+
+
+def _read_description(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"description": {}, "numbers": []}  # damaged: fits nothing
+
+
+def _same_numbers(one, other):
+    return len(one) == len(other) and all(
+        a[0] == b[0] and abs(a[1] - b[1]) <= 3e-7 * abs(a[1]) and abs(a[2] - b[2]) <= 3e-7 * abs(a[1])
+        for a, b in zip(one, other))
+
+
+def _differences(old, new):
+    """In words: how the run `new` differs from `old`."""
+    before, now = _leaves(old["description"]), _leaves(new["description"])
+    changed = {}
+    for path in {**before, **now}:
+        if before.get(path) != now.get(path):
+            changed.setdefault(path[0], []).append(path)
+    code = [f"code of {path[1]}" for path in changed.pop("code", [])]
+    found = []
+    for part, paths in changed.items():
+        values = [f"{' '.join(path)} ({now.get(path)} instead of {before.get(path)})" for path in paths]
+        found += values if len(paths) <= 3 else [part]
+    labels = {a[0] for a, b in zip(old["numbers"], new["numbers"]) if not _same_numbers([a], [b])}
+    if not found and not code and "starting weights" in labels:
+        return "other starting weights: was the seed set?"
+    return first_ten(found + code or sorted(f"values of {label}" for label in labels))
+
+
+def _leaves(value, path=()):
+    """path -> value of all that is neither list nor dict."""
+    if isinstance(value, list):
+        value = {str(i): part for i, part in enumerate(value, 1)}
+    if not isinstance(value, dict):
+        return {path: value}
+    found = {}
+    for key, part in value.items():
+        found.update(_leaves(part, (*path, key)))
+    return found
+
+
+# ---- The checkpoint of a run ----
+def save_checkpoint(folder, state):
+    """Write the checkpoint whole; the one before stays as checkpoint.previous.pt."""
+    path = folder / "checkpoint.pt"
+    with whole_file(path) as part:
+        torch.save(state, part)
+        if path.exists():
+            os.replace(path, folder / "checkpoint.previous.pt")
+
+
+def load_checkpoint(folder, parts, device):
+    """Load the newest checkpoint that is whole into `parts`. Returns its history and its best weights, or None.
+
+    A damaged file, or one that does not fit, is named and put aside; `parts` then are as before.
+    """
+    untouched = {name: deepcopy(part.state_dict()) for name, part in parts.items()}
+    for path in (folder / "checkpoint.pt", folder / "checkpoint.previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            with zipfile.ZipFile(path) as members:  # torch.load does not check the sums that torch.save wrote
+                if members.testzip():
+                    raise zipfile.BadZipFile("wrong checksum")
+            state = torch.load(path, map_location=device, weights_only=True)
+            parts["model"].load_state_dict(state["best"])  # do they fit?
+            for name, part in parts.items():
+                if name != "scaler" or name in state:  # a run begun without mixed precision has none
+                    part.load_state_dict(state[name])
+            return state["history"], state["best"]
+        except Exception as error:  # torch raises many types for a damaged file: all mean the same here
+            print(f"{path} is damaged ({type(error).__name__}): the one before is tried.", flush=True)
+            os.replace(path, path.with_suffix(".damaged"))  # or the next save would push out the good one
+            for name, part in parts.items():
+                part.load_state_dict(untouched[name])
+    return None
+
+
+# ---- Run training: epochs with validation, the best weights, exact resume ----
+METRICS = ("auroc", "ap", "f1", "accuracy")  # validation metrics of each epoch
+
+
+def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, device, run_dir, scheduler=None,
+        augment=None, ema_decay=None, max_norm=None, select="valid_loss", seed=42, settings=None, amp_dtype=None,
+        overwrite=False, prevalence=None):
+    """Train with validation each epoch, keep the best weights, checkpoint each epoch, resume exactly.
+
+    Each epoch draws its randomness from (`seed`, epoch): a killed run that is started again ends with the same
+    numbers (on the CPU to the last bit). A finished run is loaded, not repeated, and shows its lines again.
+
+    Parameters
+    ----------
+    run_dir : folder of all runs of this name; each run has its own `<digest>/` in it, named after all that its
+        result depends on, with checkpoint.pt, history.json, model.pth (the kept weights) and description.json
+    scheduler : OneCycleLR, CyclicLR step each batch, ReduceLROnPlateau on the validation loss, others each epoch
+    ema_decay : validate and keep a moving average of the weights with this decay per step, instead of the last
+    select : whose best epoch is kept: "valid_loss", "auroc", "ap", "f1", "accuracy", or "last" for the last one
+    settings : dict, what else the run depends on (data): others are another run
+    overwrite : repeat a finished run, in its folder
+    prevalence : AP, F1 and accuracy of the epochs are reweighted to it (None: as they are)
+
+    Returns the history, a dict of lists: epoch, lr, train_loss, valid_loss, auroc, ap, f1, accuracy, seconds.
+    `model` holds the kept weights afterwards. A loss that is not finite: FloatingPointError.
+    """
+    if select not in ("valid_loss", "last", *METRICS):
+        raise ValueError(f"select={select!r} is not known: it is 'valid_loss', 'last' or one of {', '.join(METRICS)}")
+    device = torch.device(device)
+    fixed = {"epochs": epochs, "seed": seed, "ema_decay": ema_decay, "max_norm": max_norm, "select": select,
+             "prevalence": prevalence, **{f"setting {key}": value for key, value in (settings or {}).items()}}
+    folder = open_run(run_dir, *describe_run(model, train_loader, valid_loader, optimizer, scheduler, loss_function,
+                                             augment, fixed))
+    parts = _stateful_parts(model, optimizer, scheduler, ema_decay, amp_dtype)
+    loaded = None if overwrite else load_checkpoint(folder, parts, device)
+    history, best = loaded or ({key: [] for key in ("epoch", "lr", "train_loss", "valid_loss", *METRICS, "seconds")}, None)
+    for i in range(len(history["epoch"])):
+        print(f"{epoch_line(history, i, epochs, select)}  (loaded)", flush=True)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for epoch in range(len(history["epoch"]) + 1, epochs + 1):
+                torch.manual_seed(1_000_003 * seed + epoch)
+                row, probability = _one_epoch(epoch, parts, train_loader, valid_loader, loss_function, device,
+                                              augment=augment, max_norm=max_norm, amp_dtype=amp_dtype, prevalence=prevalence)
+                for key, value in row.items():
+                    history[key].append(value)
+                if best_epoch(history, select) == epoch - 1:
+                    best = _weights(_validated(parts))
+                print(epoch_line(history, epoch - 1, epochs, select), flush=True)
+                hint_at_sigmoid(probability, epoch, epochs)
+                states = {name: part.state_dict() for name, part in parts.items()}
+                save_checkpoint(folder, {"history": history, "best": best, **states})
+    except KeyboardInterrupt:
+        print(f"stopped after epoch {len(history['epoch'])} of {epochs}: run the cell again to continue.", flush=True)
+        raise
+    finally:  # after Ctrl-C too: the best weights so far
+        if best is not None:
+            model.load_state_dict(best)
+    with whole_file(folder / "model.pth") as part:
+        torch.save(best, part)
+    write_json(folder / "history.json", history)
+    return history
+
+
+# ---- Run training: one epoch, and what to say about it ----
+def _stateful_parts(model, optimizer, scheduler, ema_decay, amp_dtype):
+    """What a checkpoint must restore, by name."""
+    parts = {"model": model, "optimizer": optimizer}
+    if scheduler is not None:
+        parts["scheduler"] = scheduler
+    if ema_decay:
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
+        parts["averaged"] = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    if amp_dtype == torch.float16:
+        parts["scaler"] = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    return parts
+
+
+def _validated(parts):
+    """The model that is validated and kept: the average of the weights where there is one."""
+    return parts["averaged"].module if "averaged" in parts else parts["model"]
+
+
+def _weights(model):
+    """A copy of the model's weights and buffers in memory, off the device."""
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+def _one_epoch(epoch, parts, train_loader, valid_loader, loss_function, device, *, augment, max_norm, amp_dtype,
+               prevalence):
+    """Train and validate once. Returns the epoch's row of the history and the validation probabilities."""
+    model, optimizer, scheduler = parts["model"], parts["optimizer"], parts.get("scheduler")
+    each_batch = isinstance(scheduler, (torch.optim.lr_scheduler.OneCycleLR, torch.optim.lr_scheduler.CyclicLR))
+    start, rate, before = time.monotonic(), optimizer.param_groups[0]["lr"], _weights(model)
+    train_loss = train_loop(epoch, train_loader, model, optimizer, loss_function, device, augment=augment,
+                            scheduler=scheduler if each_batch else None, averaged=parts.get("averaged"),
+                            scaler=parts.get("scaler"), amp_dtype=amp_dtype, max_norm=max_norm)
+    if not math.isfinite(train_loss):
+        raise not_finite(f"training loss is {train_loss}", epoch, rate, model, before, train_loader,
+                         loss_function, device, augment=augment, amp_dtype=amp_dtype)
+    valid_loss, probability, y = eval_loop(epoch, valid_loader, _validated(parts), loss_function, device,
+                                           amp_dtype=amp_dtype)
+    if not math.isfinite(valid_loss):
+        raise not_finite(f"validation loss is {valid_loss}", epoch, rate, _validated(parts), before, valid_loader,
+                         loss_function, device, amp_dtype=amp_dtype)
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        scheduler.step(valid_loss)
+    elif scheduler is not None and not each_batch:
+        scheduler.step()
+    metrics = classification_metrics(y, probability, prevalence=prevalence)
+    row = {"epoch": epoch, "lr": float(rate), "train_loss": train_loss, "valid_loss": valid_loss,
+           **{key: metrics[key] for key in METRICS}, "seconds": time.monotonic() - start}
+    return row, probability
+
+
+def best_epoch(history, select="valid_loss"):
+    """Index of the epoch whose weights are kept: lowest loss, highest other metric, or the last."""
+    values = np.array(history["epoch" if select == "last" else select], dtype=float)
+    if select == "last" or np.isnan(values).all():
+        return len(values) - 1
+    return int(np.nanargmin(values) if select.endswith("loss") else np.nanargmax(values))
+
+
+def epoch_line(history, i, epochs, select):
+    """One line about epoch i + 1; "*": its weights are kept so far."""
+    upto = {key: values[:i + 1] for key, values in history.items()}
+    star = "  *" if select != "last" and best_epoch(upto, select) == i else ""
+    return (f"epoch {history['epoch'][i]:3d}/{epochs}  loss {history['train_loss'][i]:.4f}  validation loss "
+            f"{history['valid_loss'][i]:.4f}  AUROC {history['auroc'][i]:.3f}  AP {history['ap'][i]:.3f}  "
+            f"F1 {history['f1'][i]:.3f}  {history['seconds'][i]:.1f} s{star}")
+
+
+# ---- Run training: hints where something is wrong ----
+def hint_at_sigmoid(probability, epoch, epochs):
+    """Say so where all logits lie between 0 and 1, which logits hardly do by chance."""
+    low, high = float(probability.min()), float(probability.max())
+    if 0.5 <= low and high <= 0.7311 and (epoch == epochs or high - low > 0.05):
+        print("All logits lie between 0 and 1: is there a sigmoid in the model? Return the plain logits.", flush=True)
+
+
+def not_finite(what, epoch, rate, model, before, loader, loss_function, device, *, augment=None, amp_dtype=None):
+    """The FloatingPointError for a loss that is not finite: the weights grew too large, or something else made it.
+
+    `before`: the weights at the start of the epoch. `model` holds them afterwards.
+    """
+    lost = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
+    model.load_state_dict(before)
+    huge = [name for name, value in model.named_parameters() if value.abs().max() > 1e6]
+    cause = None if huge else _first_not_finite(model, loader, loss_function, device, augment, amp_dtype)
+    if cause is None:
+        names = first_ten(huge or lost) or "the loss overflowed"
+        cause = f"the weights grew beyond all bounds ({names}): lower the learning rate or clip the gradient"
+    return FloatingPointError(f"{what} in epoch {epoch} at learning rate {rate:.2g}: {cause}. Then run again.")
+
+
+@torch.no_grad()
+def _first_not_finite(model, loader, loss_function, device, augment, amp_dtype):
+    """What makes the first value that is not finite, in words, or None: the epoch again, without learning."""
+    torch.manual_seed(torch.initial_seed())  # the same order and augmentation
+    for i, (traces, targets) in enumerate(loader, 1):
+        traces, targets = traces.to(device), targets.to(device)
+        augmented = augment(traces) if augment else traces
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            logits = model(augmented).float()
+        steps = {"the tracings hold it: look at the input": traces,
+                 "the augmentation makes it of finite tracings": augmented,
+                 "the forward pass makes it, with finite weights and input: look at log, sqrt and divisions": logits,
+                 "the loss function makes it of finite logits": loss_function(logits, targets)}
+        for cause, values in steps.items():
+            if not torch.isfinite(values).all():
+                return f"in batch {i} {cause}"
+    return None
+
+
+# ---- Run training: loss, learning-rate schedule, optimiser ----
+def weighted_loss(targets, weighted=True):
+    """Binary cross-entropy on logits; both classes of the training `targets` (0/1) weigh the same if `weighted`."""
+    n_af = np.sum(targets)
+    weight = (len(targets) - n_af) / n_af if weighted else 1.0
+    return torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor(weight, dtype=torch.float32))
+
+
+def make_scheduler(optimizer, schedule, lr, steps):
+    """The schedule: "plateau", "onecycle" over `steps` batches, None, or a function of (optimizer, steps)."""
+    if callable(schedule):
+        return schedule(optimizer, steps)
+    if schedule == "plateau":
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=3)
+    if schedule == "onecycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 5), pct_start=0.25)
+    if schedule is not None:
+        raise ValueError(f"schedule={schedule!r} is not known: it is 'plateau', 'onecycle', None or a function")
+    return None
+
+
+def make_optimizer(optimizer, model, device, **settings):
+    """An optimiser from its class or a function; `fused`, faster on CUDA, where it takes that setting."""
+    if torch.device(device).type == "cuda" and "fused" in inspect.signature(optimizer).parameters:
+        settings["fused"] = True
+    return optimizer(model.parameters(), **settings)
+
+
+# ---- Figures: a training run ----
+CURVES = {"auroc": ("AUROC", BLUE), "f1": ("F1", ORANGE), "ap": ("AP", GREEN), "accuracy": ("accuracy", GREY)}
+
+
+def plot_history(history, heading, name="this model", other=None):
+    """Six panels: losses, AUROC, F1, AP, all metrics, and the metrics at chosen epochs.
+
+    `other`: a dict name -> history; the sixth panel then sets AUROC against theirs.
+    """
+    figure, axes = plt.subplots(2, 3, figsize=(13, 5.6))
+    losses, auroc, f1, ap, together, last = axes.flat
+    for key, label in (("train_loss", "training"), ("valid_loss", "validation")):
+        losses.plot(history["epoch"], history[key], label=label, marker=".")
+    losses.set(title="losses", ylabel="loss (mean per exam)")
+    losses.legend(fontsize=9)
+    for axis, key in ((auroc, "auroc"), (f1, "f1"), (ap, "ap")):
+        label, colour = CURVES[key]
+        axis.plot(history["epoch"], history[key], color=colour, marker=".")
+        axis.set(title=f"validation {label}", ylabel=label, ylim=(-0.02, 1.02))
+    for key, (label, colour) in CURVES.items():
+        together.plot(history["epoch"], history[key], label=label, color=colour)
+    together.set(title="all validation metrics", ylabel="metric", ylim=(-0.02, 1.3))
+    together.legend(fontsize=9, ncols=2, loc="upper center")
+    if other is None:
+        _bars_at_epochs(last, history)
+    else:
+        for (label, values), colour in zip({name: history, **other}.items(), (BLUE, ORANGE)):
+            last.plot(values["epoch"], values["auroc"], label=label, color=colour)
+        last.set(title="AUROC of both", ylabel="AUROC", ylim=(0, 1.3))
+        last.legend(fontsize=9, loc="upper center")
+    for axis in axes.flat:
+        axis.set_xlabel("epoch")
+    for axis in (losses, auroc, f1, ap, together):
+        axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    figure.suptitle(heading)
+    return figure
+
+
+def _bars_at_epochs(axis, history):
+    last, keys = len(history["epoch"]), ("auroc", "f1", "ap")
+    chosen = sorted({epoch for epoch in (1, 5, 10, 15, 20) if epoch <= last} | {last})
+    table = pd.DataFrame({CURVES[key][0]: [history[key][epoch - 1] for epoch in chosen] for key in keys}, index=chosen)
+    grouped_bars(axis, table, "metric", [CURVES[key][1] for key in keys])
+    axis.set(title="at chosen epochs", ylim=(0, 1.3))
+
+
+def overfits(history):
+    """True if the validation loss ended over 10 % (and 0.01) above its lowest value while the training loss fell."""
+    valid, train = history["valid_loss"], history["train_loss"]
+    lowest = int(np.argmin(valid))
+    rise = valid[-1] - valid[lowest]
+    return rise > 0.1 * valid[lowest] and rise > 0.01 and train[-1] < train[lowest]
+
+
+def history_table(history):
+    """DataFrame: first, final and best value of each quantity, and the epoch of the best."""
+    rows = {}
+    for key in ("train_loss", "valid_loss", "auroc", "f1", "ap", "accuracy"):
+        best, values = best_epoch(history, key), history[key]
+        rows[key] = {"first": values[0], "final": values[-1], "best": values[best], "at epoch": best + 1}
+    return pd.DataFrame(rows).T
+
+
+# ---- The registry: everything that later tables, curves and files need to know about a model ----
+@dataclass
+class Entry:
+    """A model and its validation logits."""
+
+    description: str
+    exams: np.ndarray  # positions in the labels that `logits` belong to: validation exams, or all (out-of-fold)
+    logits: np.ndarray
+    threshold: float = 0.0  # operating point, a logit
+    scale: float = 1.0  # slope of the calibration
+    history: dict = None
+    predict: object = None  # function: tracings of the test exams -> logits; None: not for submission
+    number: int = None  # of the submission note, for good
+    colour: str = GREY
+    marker: str = "o"
+
+
+class Registry(dict):
+    """Models by name, reference models (without a number) first; `add` keeps results.json up to date."""
+
+    def __init__(self, truth, work, **data):
+        super().__init__()
+        self.truth, self.work, self.data = np.asarray(truth), Path(work), data
+
+    def add(self, name, description, *, exams, logits, **more):
+        """Add a model (`more`: fields of Entry); ValueError for logits that do not fit or a number that is taken."""
+        entry = Entry(description, np.asarray(exams), np.asarray(logits, dtype=float), **more)
+        if entry.logits.shape != entry.exams.shape or not np.isfinite(entry.logits).all():
+            raise ValueError(f"{name}: {entry.logits.shape} logits for {entry.exams.shape} exams; needed is one finite "
+                             "logit per exam")
+        taken = {other.number: key for key, other in self.items() if key != name and other.number is not None}
+        if entry.number in taken:
+            raise ValueError(f"{name}: number {entry.number} belongs to {taken[entry.number]}; choose another one")
+        ordered = sorted({**self, name: entry}.items(), key=lambda item: item[1].number or 0)
+        self.clear()
+        self.update(ordered)
+        palette = (GREY, PURPLE, RED, GREEN, ORANGE, BLUE, "#56B4E9", "#000000", "#8C6D31", "#999933")
+        for k, other in enumerate(self.values()):
+            other.colour, other.marker = palette[k % len(palette)], "os^DvP*Xhd"[k % 10]
+        write_json(self.work / "results.json", {key: self.row(key) for key in self})
+        return entry
+
+    def metrics(self, entry, prevalence=0.5):
+        """Metrics of an Entry at its operating point, reweighted to `prevalence`."""
+        probability = to_probability(np.asarray(entry.logits) - entry.threshold)
+        return classification_metrics(self.truth[entry.exams], probability, prevalence=prevalence)
+
+    def row(self, name):
+        """What results.json says about a model."""
+        entry, folder = self[name], self.work / "runs" / name
+        balanced = self.metrics(entry)
+        has_run = (folder / "last_used.json").exists()
+        return {**self.metrics(entry, None), "balanced_f1": balanced["f1"], "balanced_ap": balanced["ap"],
+                "run": run_folder(folder).relative_to(self.work).as_posix() if has_run else None,
+                "threshold_logit": entry.threshold, "scale": entry.scale, "n_exams": len(entry.exams),
+                "seconds_per_epoch": np.mean(entry.history["seconds"]) if entry.history else None, **self.data}
+
+
+# ---- Prevalence of unlabelled exams, and what a published score tells ----
+def estimate_prevalence(probability, assumed=0.5, rounds=500):
+    """Prevalence of AF among exams from their probabilities, which are calibrated for the share `assumed`.
+
+    Expectation maximisation after Saerens, Latinne and Decaestecker (2002, Neural Computation).
+    """
+    share, odds = assumed, probability / np.clip(1 - probability, 1e-12, None) * (1 - assumed) / assumed
+    for _ in range(rounds):
+        posterior = odds * share / (odds * share + 1 - share)
+        share, before = posterior.mean(), share
+        if abs(share - before) < 1e-7:
+            break
+    return float(share)
+
+
+def published_tells(accuracy, f1, n_predicted_af, n_exams):
+    """Recall, precision and prevalence of the hidden labels from a published score: (value, low, high) each.
+
+    Where TP of our `n_predicted_af` exams are right and `af` exams have AF, 1 - accuracy is (n_predicted_af +
+    af - 2 TP) / n_exams and F1 is 2 TP / (n_predicted_af + af). Low and high: over all whole numbers TP and af
+    that give the figures as published, rounded to three digits. ValueError: none do.
+    """
+    half = 0.0005 + 1e-9
+    af = np.arange(n_exams + 1)
+    total = n_predicted_af + af
+    tp_low = np.maximum((f1 - half) * total, total - (1 - accuracy + half) * n_exams) / 2
+    tp_high = np.minimum((f1 + half) * total, total - (1 - accuracy - half) * n_exams) / 2
+    tp_low = np.ceil(np.maximum(tp_low, np.maximum(total - n_exams, 0)))
+    tp_high = np.floor(np.minimum(tp_high, np.minimum(af, n_predicted_af)))
+    fits = tp_low <= tp_high
+    if not fits.any():
+        raise ValueError("no counts give this accuracy and F1: was another file scored, or other exams?")
+    af, tp_low, tp_high = af[fits], tp_low[fits], tp_high[fits]
+    total = (1 - accuracy) * n_exams / (1 - f1) if f1 < 1 else 2 * n_predicted_af
+    best_af = np.clip(total - n_predicted_af, af[0], af[-1])
+    tp = f1 * (n_predicted_af + best_af) / 2
+    with_af, predicted = np.maximum(af, 1), n_predicted_af or np.nan
+    found = {"recall": (tp / max(best_af, 1), tp_low / with_af, tp_high / with_af),
+             "precision": (tp / predicted, tp_low / predicted, tp_high / predicted),
+             "prevalence": (best_af / n_exams, af / n_exams, af / n_exams)}
+    return {name: (float(np.clip(value, low.min(), high.max())), float(low.min()), float(high.max()))
+            for name, (value, low, high) in found.items()}
+
+
+#@title Leaderboard: register and submit { display-mode: "form" }
 class LeaderboardError(RuntimeError):
     """The leaderboard refused or was not reached: `.status` (None if not reached), `.reason` (its words)."""
 
@@ -941,23 +2068,13 @@ class LeaderboardError(RuntimeError):
         self.status, self.reason = status, reason
 
 
-_ADVICE = {  # words in the server's answer -> what to do
-    "different password": "Use the password of the first registration, or choose another team id.",
-    "too long": "Team id and note have at most 20 characters.",
-    "not the same size": "Predict every test exam once: two columns, no AF and AF.",
-    "Submission closed": "The final date has passed.",
-    "Maximum number": "All five submissions are used; only a submission of the same day can still be replaced.",
-    "401": "Team id or password is wrong, or the team is not registered.",
-    "404": "No leaderboard answers there: check LEADERBOARD_HOST.",
-}
-
-
-def register_team(team_id, password, host=DEFAULT_HOST):
+def register_team(team_id, password, host=DEFAULT_HOST, *, demo=False):
     """Register a team; again with the same password is harmless. Returns the `requests` response (201 new, 200 known).
 
     LeaderboardError: the server refuses or is not reached. ValueError: it would accept what cannot be meant.
     """
-    _check_identity(team_id, password, host)
+    password, host = Secret(password or ""), Secret(host or "")
+    team_id = check_identity(team_id, password, host, demo)
     return _call("PUT", host, "register", team_id, password)
 
 
@@ -976,38 +2093,72 @@ def submit(team_id, password, prediction, note, host=DEFAULT_HOST, *, n_exams=No
 
     Raises ValueError before anything is sent; LeaderboardError when the server refuses or is not reached.
     """
-    _check_identity(team_id, password, host)
-    if not (note or "").strip() or len(note) > 20:
-        raise ValueError(f"the note must have 1 to 20 characters, not {note!r}")
-    if demo and urlsplit(host).hostname not in ("localhost", "127.0.0.1", "::1"):
-        raise ValueError("these are predictions of demo data: they go to a rehearsal server on this machine only")
+    password, host = Secret(password or ""), Secret(host or "")
+    team_id = check_identity(team_id, password, host, demo)
+    check_note(note)
     table = _check_prediction(prediction, n_exams, af_probability, allow_one_sided)
     now = datetime.now(timezone.utc)
     saved = {"time": now.isoformat(timespec="seconds"), "host": host, "team": team_id, "experiment": experiment,
-             "note": note, "metrics": metrics or {}, "digest": hashlib.sha256(table.tobytes()).hexdigest()[:16],
+             "note": note, "metrics": metrics or {}, "digest": _prediction_digest(table),
              "answer": {"status": None, "reason": "no answer yet"}, "prediction": table.tolist()}
-    path = Path(directory) / f"{now:%Y%m%d_%H%M%S_%f}_{re.sub(r'[^A-Za-z0-9_-]', '_', experiment or note)}.json"
+    name = f"{now:%Y%m%d_%H%M%S_%f}_{experiment or note}"
+    path = Path(directory) / (re.sub(r"[^A-Za-z0-9_-]", "_", name) + ".json")
     write_json(path, saved)
     try:
         answer = _call("PUT", host, "leaderboard", team_id, password, {"prediction": saved["prediction"], "note": note})
-        saved["answer"] = {"status": answer.status_code, "reason": _reason(answer)}
     except LeaderboardError as error:
-        saved["answer"] = {"status": error.status, "reason": error.reason}
+        _save_answer(path, saved, error.status, error.reason)
         raise
-    finally:
-        write_json(path, saved)
+    _save_answer(path, saved, answer.status_code, _reason(answer))
     return answer
 
 
+def _save_answer(path, saved, status, reason):
+    try:
+        write_json(path, {**saved, "answer": {"status": status, "reason": reason}})
+    except OSError as error:  # a full disk: the server's answer still stands
+        print(f"The answer ({status or 'none'}) could not be saved in {path} ({error}): make room. "
+              "Look at the leaderboard page before you send again.", flush=True)
+
+
+#@title Leaderboard: what was sent, what was published { display-mode: "form" }
 def sent_submissions(directory="submissions"):
     """Table of what `submit` saved: time, day (UTC), host, team, experiment, note, digest, status, reason."""
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(directory).glob("*.json"))]
-    columns = ["time", "day", "host", "team", "experiment", "note", "digest", "status", "reason"]
-    return pd.DataFrame([{**row, **row["answer"], "day": row["time"][:10]} for row in rows], columns=columns)
+    columns, rows = ["time", "day", "host", "team", "experiment", "note", "digest", "status", "reason"], []
+    for path in sorted(Path(directory).glob("*.json")):
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+            rows.append({**row, **row["answer"], "day": row["time"][:10]})
+        except (OSError, ValueError, KeyError, TypeError):
+            print(f"{path} is no submission of this notebook (empty or foreign): skipped.", flush=True)
+    return pd.DataFrame(rows, columns=columns)
+
+
+def accepted_days(sent, team_id, host):
+    """The days (UTC) on which the server accepted something: an answer of 200 may belong to a first one, too."""
+    return sorted(set(_accepted(sent, team_id, host)["day"]))
+
+
+def accepted_submission(prediction, host, team_id, directory="submissions"):
+    """The row of `sent_submissions` (a dict) in which the server accepted just this prediction, or None."""
+    same = _accepted(sent_submissions(directory), team_id, host)
+    same = same[same["digest"] == _prediction_digest(prediction)]
+    return same.iloc[-1].to_dict() if len(same) else None
+
+
+def _accepted(sent, team_id, host):
+    same_host = sent["host"].astype(str).str.rstrip("/") == host.rstrip("/")
+    return sent[same_host & (sent["team"] == team_id.strip()) & sent["status"].isin([200, 201])]
+
+
+def _prediction_digest(prediction):
+    return hashlib.sha256(np.asarray(prediction, dtype=np.float64).tobytes()).hexdigest()[:16]
 
 
 def published_scores(team_id, host=DEFAULT_HOST):
-    """The team's rows of the public leaderboard page: note, accuracy, f1, auc, ap (NaN while "TBC")."""
+    """The team's rows of the public leaderboard page, newest last: note, accuracy, f1, auc, ap (NaN while "TBC")."""
+    host = Secret(host or "")
+    team_id = check_identity(team_id, None, host)
     page = _call("GET", host, "leaderboard").text
     fields = {"team": "team", "note": "note", "acc": "accuracy", "f1": "f1", "auc": "auc", "ap": "ap"}
     rows = [{key: html.unescape(value) for key, value in re.findall(r"(\w+):\s*'([^']*)'", row)}
@@ -1020,10 +2171,10 @@ def published_scores(team_id, host=DEFAULT_HOST):
 def leaderboard_password():
     """The password from the environment, then a Colab secret, then a prompt (all: LEADERBOARD_PASSWORD)."""
     if os.environ.get("LEADERBOARD_PASSWORD"):
-        return os.environ["LEADERBOARD_PASSWORD"]
+        return Secret(os.environ["LEADERBOARD_PASSWORD"])
     try:
         from google.colab import userdata
-        if secret := userdata.get("LEADERBOARD_PASSWORD"):
+        if secret := Secret(userdata.get("LEADERBOARD_PASSWORD") or ""):
             return secret
     except ImportError:
         pass
@@ -1031,20 +2182,12 @@ def leaderboard_password():
         print(f"No Colab secret LEADERBOARD_PASSWORD ({type(error).__name__}; key symbol on the left).")
     try:
         from getpass import getpass
-        return getpass("Leaderboard password (sent over plain http: use it nowhere else): ")
-    except Exception as error:  # a run without a person: Jupyter's error type is not importable everywhere
+        return Secret(getpass("Leaderboard password (sent over plain http: use it nowhere else): "))
+    except Exception as error:  # a headless run: Jupyter's error type is not importable everywhere
         raise ValueError("No password: set LEADERBOARD_PASSWORD in the environment or as a Colab secret.") from error
 
 
-def _check_identity(team_id, password, host):
-    if not (team_id or "").strip() or len(team_id) > 20 or ":" in team_id:
-        raise ValueError(f"the team id must have 1 to 20 characters and no ':', not {team_id!r}")
-    if not password:
-        raise ValueError("the password is empty")
-    if urlsplit(host).scheme not in ("http", "https"):
-        raise ValueError(f"the host must start with http:// or https://, not {host!r}")
-
-
+#@title Leaderboard: what is refused before anything is sent { display-mode: "form" }
 def _check_prediction(prediction, n_exams, af_probability, allow_one_sided):
     try:
         table = np.asarray(prediction, dtype=np.float64)
@@ -1060,24 +2203,39 @@ def _check_prediction(prediction, n_exams, af_probability, allow_one_sided):
     if len(recorded) != len(table):
         raise ValueError(f"the prediction has {len(table)} rows, the experiment recorded {len(recorded)}")
     if not np.allclose(table[:, 1], recorded, atol=1e-6):
-        raise ValueError("the columns are swapped: the second must be AF" if np.allclose(table[:, 0], recorded, atol=1e-6)
-                         else "the prediction is not the one that the experiment recorded")
+        if np.allclose(table[:, 0], recorded, atol=1e-6):
+            raise ValueError("the columns are swapped: the second must be AF")
+        raise ValueError("the prediction is not the one that the experiment recorded")
     if len(set(table[:, 1] > 0.5)) == 1 and not allow_one_sided:
         raise ValueError("all predictions are on one side of 0.5, which scores F1 0 or 0.667. The usual cause is a "
                          "sigmoid applied twice. If it is meant: allow_one_sided=True")
     return table
 
 
+#@title Leaderboard: one request, and what to do about each answer { display-mode: "form" }
+_ADVICE = {  # words in the server's answer -> what to do
+    "different password": "Use the password of the first registration, or choose another team id.",
+    "too long": "Team id and note have at most 20 characters.",
+    "not the same size": "Predict every test exam once: two columns, no AF and AF.",
+    "Submission closed": "The final date has passed.",
+    "Maximum number": "All five submissions are used; only a submission of the same day can still be replaced.",
+    "401:": "Team id or password is wrong, or the team is not registered.",
+    "404:": "No leaderboard answers there: check LEADERBOARD_HOST.",
+}
+
+
 def _reason(answer):
     """The server's own words: the <p> of its HTML error page, else the text."""
     words = re.search(r"<p>(.*?)</p>", answer.text, flags=re.S)
-    return html.unescape(re.sub(r"<[^>]+>|\s+", " ", words[1] if words else answer.text)).strip()[:300]
+    return html.unescape(re.sub(r"<[^>]+>|\s+", " ", words[1] if words else answer.text)).strip()[:300] or answer.reason
 
 
-def _call(method, host, path, team_id=None, password=None, content=None):
-    """One request: time-outs, some retries (connection errors and 5xx only), no redirects."""
-    url = f"{host.rstrip('/')}/{path}"
-    auth = (team_id.encode("utf-8"), password.encode("utf-8")) if team_id else None
+def _send(method, url, team_id, password, content):
+    """One request: time-outs, some retries (connection errors and 5xx only), no redirects.
+
+    Returns (answer, None) or (None, problem): errors end here, as the frames of a verbose traceback would show the
+    password, in clear and in base64.
+    """
     retry = Retry(total=2, backoff_factor=0.5, status_forcelist=range(500, 600), allowed_methods=None,
                   raise_on_status=False, respect_retry_after_header=False)
     try:
@@ -1085,16 +2243,31 @@ def _call(method, host, path, team_id=None, password=None, content=None):
             session.trust_env = False  # no proxy, no .netrc of the environment
             for scheme in ("http://", "https://"):  # as long as requests' own prefixes, or theirs win
                 session.mount(scheme, HTTPAdapter(max_retries=retry))
-            answer = session.request(method, url, json=content, auth=auth, timeout=(10, 60), allow_redirects=False)
-    except requests.RequestException as error:
-        raise LeaderboardError(f"{url} was not reached or broke off ({type(error).__name__}). Nothing is lost: look at "
-                               f"the leaderboard page, then send again.", None, str(error)) from error
-    if answer.status_code in (200, 201):
+            auth = (team_id.encode("utf-8"), password.encode("utf-8")) if team_id else None
+            return session.request(method, url, json=content, auth=auth, timeout=(10, 60), allow_redirects=False), None
+    except KeyboardInterrupt:
+        return None, "interrupted"
+    except Exception as error:  # nearly always a requests.RequestException
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _call(method, host, path, team_id=None, password=None, content=None):
+    url = f"{host.rstrip('/')}/{path}"
+    answer, problem = _send(method, url, team_id, password, content)
+    if problem == "interrupted":
+        raise KeyboardInterrupt
+    if answer is None:
+        raise LeaderboardError(f"{url} was not reached or broke off ({problem.partition(':')[0]}). Nothing is lost: "
+                               "check LEADERBOARD_HOST, look at the leaderboard page, then send again.", None, problem)
+    status = answer.status_code
+    if status in (200, 201):
         return answer
     reason = _reason(answer)
-    said = f"{answer.status_code}: {reason.rstrip('.')}."
-    advice = next((text for words, text in _ADVICE.items() if words in said), "Try again later.")
+    said = f"{status}: {reason.rstrip('.')}."
+    later = status >= 500 or status in (408, 429)
+    general = "Try again later." if later else "The same request would be refused again: change what it names."
+    advice = next((text for words, text in _ADVICE.items() if words in said), general)
     if answer.is_redirect:
         address = urljoin(url, answer.headers["Location"]).removesuffix(path)
         advice = f"The server redirects: if you know that address, set LEADERBOARD_HOST to {address}"
-    raise LeaderboardError(f"{url} answered {said} {advice}", answer.status_code, reason)
+    raise LeaderboardError(f"{url} answered {said} {advice}", status, reason)

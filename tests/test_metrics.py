@@ -1,11 +1,14 @@
-"""Metrics, the sigmoid, the threshold for a balanced population, the two columns of a submission."""
+"""Metrics, the sigmoid, the threshold for a balanced population, the columns of a submission, what its score tells."""
+import json
 import math
 
+import notebook_source
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 from sklearn import metrics as sk
 
 import ecg_helpers as helpers
@@ -33,8 +36,7 @@ def test_metrics_by_hand():
     assert all(type(value) is float for value in found.values())
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.3, 0.71])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed, threshold", [(0, 0.5), (1, 0.3), (2, 0.71)])
 def test_metrics_equal_scikit_learn(seed, threshold):
     y, p = sample(seed)
     called, both = p > threshold, np.stack([1 - y, y], axis=1)
@@ -103,10 +105,19 @@ def test_bad_input_is_refused(y, p):
         helpers.classification_metrics(y, p)
 
 
-@pytest.mark.parametrize("prevalence", [0, 1, -0.2, 1.5, 50, math.nan])
+@pytest.mark.parametrize("prevalence", [0, 1, -0.2, 50, math.nan])
 def test_prevalence_that_is_no_share_is_refused(prevalence):
     with pytest.raises(ValueError, match="prevalence"):
         helpers.classification_metrics(*sample(0), prevalence=prevalence)
+
+
+def test_exam_weights_make_the_prevalence_and_leave_the_sum():
+    y = np.repeat([0, 1, 0], [5, 3, 2])
+    weights = helpers.exam_weights(y, 0.5)
+    assert weights[y == 1].sum() == pytest.approx(weights[y == 0].sum()) and weights.sum() == pytest.approx(10)
+    assert helpers.exam_weights(y, 0.1)[y == 1].sum() == pytest.approx(1)
+    for one_class_or_none in (helpers.exam_weights(y), helpers.exam_weights(np.ones(10), 0.5)):
+        assert one_class_or_none.tolist() == [1.0] * 10
 
 
 # ------------------------------------------------------------------------------------------------
@@ -138,7 +149,7 @@ def gaussians(share, n=40_000, low=-1.5, high=0.5, spread=1.0, seed=0):
     return y, rng.normal(np.where(y == 1, high, low), spread)
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("share", [0.07, 0.3, 0.5, 0.8])
 @pytest.mark.parametrize("low, high, spread", [(-1.5, 0.5, 1.0), (2.0, 8.0, 3.0)])
 def test_balanced_threshold_is_the_midpoint_whatever_the_share(share, low, high, spread):
     y, z = gaussians(share, low=low, high=high, spread=spread)
@@ -176,14 +187,58 @@ def test_logits_without_information_are_left_as_they_are(make):
     assert helpers.balanced_threshold(y, make(z)) == (0.0, 1.0)
 
 
-def test_perfect_separation_gives_a_threshold_between_the_classes():
+def platt(y, z, prevalence=0.5):
+    """Threshold and scale of Platt's fit, by general minimisation."""
+    target = np.where(y == 1, (sum(y == 1) + 1) / (sum(y == 1) + 2), 1 / (sum(y == 0) + 2))
+    weight = np.where(y == 1, prevalence / np.mean(y == 1), (1 - prevalence) / np.mean(y == 0))
+
+    def loss(line):
+        logit = line[0] * z + line[1]
+        return np.mean(weight * (np.logaddexp(0, logit) - target * logit))
+    slope, intercept = minimize(loss, [0.1, 0.0], method="BFGS", options={"gtol": 1e-8}).x
+    return -intercept / slope, slope
+
+
+@pytest.mark.parametrize("share", [0.07, 0.3, 0.5])
+@pytest.mark.parametrize("distance, n", [(2, 300), (12, 240), (12, 2000), (60, 240)])
+def test_calibration_is_platts_with_smoothed_targets(share, distance, n):
+    """Also where the classes separate perfectly: a plain logistic regression has no finite slope there."""
+    y, z = gaussians(share, n=n, low=-distance / 2, high=distance / 2)
+    threshold, scale = helpers.balanced_threshold(y, z)
+    expected = platt(y, z)
+    assert threshold == pytest.approx(expected[0], abs=1e-3 * distance) and scale == pytest.approx(expected[1], rel=1e-3)
+    p = helpers.to_probability(scale * (z - threshold))
+    assert 1e-9 < p.min() and p.max() < 1 - 1e-9
+    if distance > 10:
+        assert z[y == 0].max() < threshold < z[y == 1].min()
+
+
+def test_a_handful_of_separated_exams():
     y, z = np.array([0, 0, 0, 1, 1]), np.array([-3.0, -2.5, -1.0, 2.0, 4.0])
     threshold, scale = helpers.balanced_threshold(y, z)
-    assert -1 < threshold < 2 and 0 < scale < math.inf
+    assert -1 < threshold < 2 and 0.2 < scale < 2
 
 
-@pytest.mark.parametrize("y, z", [([0, 0], [1.0, 2.0]), ([0, 1], [1.0, math.nan]), ([0, 1, 1], [1.0, 2.0])],
-                         ids=["one class", "NaN", "lengths"])
+@pytest.mark.parametrize("n, share", [(50, 0.16), (240, 0.07), (240, 0.3), (240, 0.5), (2000, 0.07)])
+@pytest.mark.parametrize("logit", [1e6, -1e6, 1e300, -1e300])
+@pytest.mark.parametrize("label", [0, 1])
+def test_one_logit_of_a_million_does_not_decide_for_all(n, share, logit, label):
+    y, z = gaussians(share, n=n)
+    before, scale = helpers.balanced_threshold(y, z)
+    z[np.flatnonzero(y == label)[0]] = logit
+    threshold, less = helpers.balanced_threshold(y, z)
+    assert threshold == pytest.approx(before, abs=0.35) and less > 0.05 * scale
+
+
+@pytest.mark.parametrize("factor", [1e-150, 1e-30, 1e30, 1e300])
+def test_logits_of_any_size_have_a_finite_calibration(factor):
+    y, z = gaussians(0.3, n=100)
+    threshold, scale = helpers.balanced_threshold(y, factor * z)
+    assert math.isfinite(threshold) and 0 < scale < math.inf
+
+
+@pytest.mark.parametrize("y, z", [([0, 0], [1.0, 2.0]), ([0, 1], [1.0, math.nan]), ([0, 1], [1.0, math.inf]),
+                                  ([0, 1, 1], [1.0, 2.0])], ids=["one class", "NaN", "infinite", "lengths"])
 def test_balanced_threshold_refuses_bad_input(y, z):
     with pytest.raises(ValueError):
         helpers.balanced_threshold(y, z)
@@ -225,22 +280,104 @@ def test_submission_takes_any_shape(shape):
     np.testing.assert_array_equal(helpers.submission_probabilities(shape(z), 0.3), expected)
 
 
-@pytest.mark.parametrize("extreme", [40.0, 1e3, 1e300, math.inf])
-def test_extreme_logits_stay_finite(extreme):
-    table = helpers.submission_probabilities([-extreme, extreme], 1.5, 20.0)
-    assert np.isfinite(table).all() and table.tolist() == pytest.approx(np.array([[1, 0], [0, 1]]), abs=1e-12)
+NASTY = [0.0, -0.0, 5e-324, -5e-324, 1e-300, 1e-17, 1.0, np.nextafter(1, 2), 20.0, np.nextafter(20, 21), 36.7, 37.0, 700.0,
+         1e16, 1e300, np.finfo(float).max, math.inf]
+nasty = st.sampled_from(NASTY + [-value for value in NASTY]) | st.floats(allow_nan=False) | st.floats(-50, 50)
 
 
-def test_certain_exams_are_not_tied_in_either_column():
-    """1 - p would be 0 for every logit over 37."""
-    table = helpers.submission_probabilities(np.arange(-700, 701.0))
-    assert (np.diff(table[table[:, 1] < 0.5, 1]) > 0).all() and (np.diff(table[table[:, 0] < 0.5, 0]) < 0).all()
-    assert table[-1, 0] == pytest.approx(math.exp(-700), rel=1e-9)
+@settings(max_examples=300, deadline=None)
+@given(logits=st.lists(nasty, min_size=1, max_size=60), threshold=nasty.filter(math.isfinite),
+       scale=st.sampled_from([1e-300, 1e-3, 0.4, 1.0, 13.6, 1e6, 1e300]), data=st.data())
+@example(logits=[-math.inf, *NASTY[::-1], *range(-60, 60)], threshold=0.0, scale=1.0, data=None)
+@example(logits=np.linspace(30, 900, 16_000).tolist(), threshold=0.0, scale=1.0, data=None)
+@example(logits=np.cumsum(np.full(2000, 1e-16)).tolist(), threshold=1.0, scale=1.4, data=None)
+@example(logits=[np.nextafter(math.pi, 9), math.pi, np.nextafter(math.pi, -9)], threshold=math.pi, scale=11.0, data=None)
+def test_different_logits_are_different_probabilities(logits, threshold, scale, data):
+    """Strictly monotone in both columns, however large, small or near to each other the logits are."""
+    if data and data.draw(st.booleans()):  # a threshold among the logits
+        threshold = next((value for value in logits if math.isfinite(value)), threshold)
+    z = np.array(logits, dtype=float)
+    z = np.concatenate([z, np.nextafter(z, 0), z[:3]])  # neighbouring floats, and equal ones
+    table = helpers.submission_probabilities(z, threshold, scale)
+    assert table.dtype == np.float64 and table.shape == (len(z), 2)
+    values, first, place = np.unique(z, return_index=True, return_inverse=True)
+    for column, sign in ((1, 1), (0, -1)):
+        assert (sign * np.diff(table[first, column]) > 0).all()
+        assert len(np.unique(table[:, column])) == len(values)
+    np.testing.assert_array_equal(table, table[first][place])
+    np.testing.assert_array_equal(np.sign(table[:, 1] - 0.5), np.sign((z > threshold) * 1.0 - (z < threshold)))
+    np.testing.assert_array_equal(table.argmax(axis=1), z > threshold)  # as the leaderboard decides
+    assert ((table > 0) & (table < 1)).all() and np.abs(np.log(table[:, 1] / table[:, 0])).max() < 30
+    np.testing.assert_allclose(table.sum(axis=1), 1, atol=1e-9)
+    np.testing.assert_array_equal(json.loads(json.dumps(table.tolist())), table)  # as it is sent
 
 
 def test_float32_logits_keep_their_order():
     """float32 minus a threshold near 1 would tie logits that differ by less than 6e-8."""
     z = np.array([1e-9, 3e-9, 2e-9, 1.0], dtype=np.float32)
     table = helpers.submission_probabilities(z, threshold=1.0)
-    assert table.dtype == np.float64
     assert np.argsort(table[:, 1]).tolist() == np.argsort(z).tolist() and len(np.unique(table[:, 1])) == 4
+
+
+@pytest.mark.parametrize("given", [([math.nan, 1.0],), ([1.0], math.inf), ([1.0], math.nan), ([1.0], 0.0, 0.0),
+                                   ([1.0], 0.0, -1.0), ([1.0], 0.0, math.inf), ([1.0], 0.0, math.nan)], ids=str)
+def test_submission_refuses_what_has_no_probability(given):
+    with pytest.raises(ValueError, match="NaN|finite"):
+        helpers.submission_probabilities(*given)
+
+
+# ------------------------------------------------------------------------------------------------
+# published_tells (in the notebook)
+# ------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def published_tells():
+    try:
+        return notebook_source.definitions("published_tells")["published_tells"]
+    except NameError:
+        pytest.skip("the notebook has no published_tells")
+
+
+def published(tp, fp, fn, tn):
+    """What the leaderboard shows, what the submission itself tells, and the truth."""
+    counts = tp + fp + fn + tn
+    f1 = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 0.0
+    truth = {"prevalence": (tp + fn) / counts}
+    if tp + fn:
+        truth["recall"] = tp / (tp + fn)
+    if tp + fp:
+        truth["precision"] = tp / (tp + fp)
+    return (float(f"{(tp + tn) / counts:.3f}"), float(f"{f1:.3f}"), tp + fp, counts), truth
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.tuples(*[st.integers(0, 3000)] * 4).filter(any))
+@example((3000, 0, 0, 3000))
+@example((0, 0, 3000, 3000))
+@example((0, 10, 10, 0))
+@example((7, 0, 0, 0))
+def test_the_interval_of_a_published_score_holds_the_truth(published_tells, counts):
+    score, truth = published(*counts)
+    found = published_tells(*score)
+    assert set(found) == {"recall", "precision", "prevalence"}
+    for name, true in truth.items():
+        value, low, high = found[name]
+        assert 0 <= low <= value <= high <= 1 and low - 1e-12 <= true <= high + 1e-12
+
+
+def test_a_published_score_tells_prevalence_and_recall_closely(published_tells):
+    """The course's test set at a good score: 6,000 exams, half of them AF."""
+    score, truth = published(tp=2820, fp=150, fn=180, tn=2850)
+    found = published_tells(*score)
+    assert score[:2] == (0.945, 0.945)
+    for name, width in (("recall", 0.04), ("precision", 0.04), ("prevalence", 0.04)):
+        value, low, high = found[name]
+        assert value == pytest.approx(truth[name], abs=0.02) and high - low < width
+    assert all(type(number) is float for triple in found.values() for number in triple)
+
+
+def test_a_perfect_score_and_a_score_of_another_file(published_tells):
+    found = published_tells(1.0, 1.0, 3000, 6000)
+    assert [found[name][0] for name in ("recall", "precision", "prevalence")] == [1.0, 1.0, 0.5]
+    for score in ((0.9, 0.2, 3000, 6000), (0.945, 0.945, 600, 6000)):
+        with pytest.raises(ValueError, match="another file"):
+            published_tells(*score)

@@ -1,9 +1,9 @@
 """A stand-in for the course's leaderboard: for the tests, and to rehearse the submissions at home.
 
-It speaks the public protocol (FACTS.md 3), keeps everything in memory, listens on this machine only
-and has its own calendar: a day lasts until somebody asks for the next one.
+It speaks the protocol of the course's public server code, keeps everything in memory, listens on this
+machine only and has its own calendar: a day lasts until somebody asks for the next one.
 
-    python tests/leaderboard_server.py --labels test_labels.csv --records codesubset/test/RECORDS.txt
+    python tests/tools/leaderboard_server.py --labels test_labels.csv --records codesubset/test/RECORDS.txt
     curl -X POST http://127.0.0.1:5050/next-day
 
 `--labels` needs the columns `id_exam` and `AF` (demo data have such a file). Without it the protocol is
@@ -24,9 +24,11 @@ from pathlib import Path
 COURSE_ROWS = 6000  # exams in the course's test set
 MAX_DAYS = 5        # submissions that count
 MAX_LENGTH = 20     # characters of a team id or a note
+RESERVED = "admin"  # the course's server refuses this team; its exact words are not known
 JINJA_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"})
 PAGE = """<!doctype html>
-<html><head><meta charset="utf-8"><title>Leaderboard</title></head><body><h1>Leaderboard, day {day}</h1><table></table>
+<html><head><meta charset="utf-8"><title>Leaderboard</title></head>
+<body><h1>Leaderboard, day {day}</h1><table></table>
 <script>
 const columns = ['team', 'acc', 'f1', 'auc', 'ap', 'note'];
 const rows = [
@@ -80,6 +82,7 @@ class LeaderboardServer(ThreadingHTTPServer):
         self.labels, self.rows = labels, rows if labels is None else len(labels)
         self.final_day, self.day, self.log = final_day, 1, log
         self.teams, self.submissions, self.received, self.faults = {}, {}, [], []
+        self.order = []  # (team, day) of each submission that counts
         self.lock, self.released = threading.Lock(), threading.Event()
         self.host = f"http://127.0.0.1:{self.server_port}/"
 
@@ -103,6 +106,8 @@ class LeaderboardServer(ThreadingHTTPServer):
         team, password = credentials
         if len(team) > MAX_LENGTH:
             raise Refused(400, "Team id is too long")
+        if team == RESERVED:
+            raise Refused(400, "Team id not allowed")
         if team in self.teams:
             if self.teams[team] != password:
                 raise Refused(400, f"Team: {team} is already registered with a different password")
@@ -128,6 +133,8 @@ class LeaderboardServer(ThreadingHTTPServer):
         again = self.day in days
         if not again and len(days) >= MAX_DAYS:
             raise Refused(400, "Maximum number of predictions reached")
+        if not again:
+            self.order.append((team, self.day))
         days[self.day] = (None if self.labels is None else scores(self.labels, prediction), note)
         return 200 if again else 201, "Submission successful"
 
@@ -137,17 +144,19 @@ class LeaderboardServer(ThreadingHTTPServer):
         if not all(isinstance(row, list) and len(row) == len(prediction[0]) for row in prediction):
             raise crash  # one-dimensional or ragged
         if len(prediction) != self.rows or len(prediction[0]) != 2:
-            raise Refused(400, "Prediction array is not the same size as the true class array which have length: "
-                               f"{self.rows} and 2 classes.")
-        if not all(isinstance(value, (int, float)) and math.isfinite(value) for row in prediction for value in row):
+            raise Refused(400, "Prediction array is not the same size as the true class array which have "
+                               f"length: {self.rows} and 2 classes.")
+        values = [value for row in prediction for value in row]
+        if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
             raise crash
 
     def page(self):
-        """The public page, best F1 first; scores of the current day are "TBC"."""
-        table = [(team, note, known if day < self.day else None)
-                 for team, days in self.submissions.items() for day, (known, note) in days.items()]
-        table.sort(key=lambda row: row[2]["f1"] if row[2] else 0, reverse=True)
-        return PAGE.format(day=self.day, rows=",\n".join(_row(*row) for row in table))
+        """The public page, in the order of submission; scores of the current day are "TBC"."""
+        rows = []
+        for team, day in self.order:
+            known, note = self.submissions[team][day]
+            rows.append(_row(team, note, known if day < self.day else None))
+        return PAGE.format(day=self.day, rows=",\n".join(rows))
 
     def stop(self):
         """Let go of what hangs and close the port."""
@@ -179,10 +188,10 @@ class _Handler(BaseHTTPRequestHandler):
             title = f"{status} {self.responses.get(status, ('',))[0]}"
             page = ERROR_PAGE.format(title=title, reason=reason.translate(JINJA_ESCAPES))
             text = reason if status == 401 else page  # the course's 401 is plain text
-        self.reply(status, text, location=reason if 300 <= status < 400 else None, cut=fault == "cut")
-        if self.server.log:
+        if self.server.log:  # before the answer: who has it can read the line
             who = f" {team!r} {content.get('note', '')!r}" if team else ""
             self.server.log(f"day {self.server.day}: {self.command} {path}{who} {status} {reason}")
+        self.reply(status, text, location=reason if 300 <= status < 400 else None, cut=fault == "cut")
 
     do_GET = do_POST = do_PUT
 
@@ -226,8 +235,11 @@ def _row(team, note, known):
 
 
 def scores(labels, prediction):
-    """The leaderboard's four scores: decision by argmax (a tie is class 0), AUC and AP averaged over both columns."""
-    from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score  # not for TBC alone
+    """The leaderboard's four scores: decision by argmax (a tie is class 0), AUC and AP averaged over both
+    columns.
+    """
+    # imported here: without labels the server needs no scikit-learn
+    from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
     called = [int(af > other) for other, af in prediction]
     both = [[1 - label, label] for label in labels]
     return {"acc": accuracy_score(labels, called), "f1": f1_score(labels, called, zero_division=0),
@@ -253,14 +265,14 @@ def running(**options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A leaderboard on this machine, to rehearse the submissions.")
-    parser.add_argument("--labels", help="CSV with id_exam and AF of the test exams; without it scores stay TBC")
+    parser = argparse.ArgumentParser(description="A leaderboard on this machine, to rehearse submissions.")
+    parser.add_argument("--labels", help="CSV with id_exam, AF of the test exams; without: scores stay TBC")
     parser.add_argument("--records", help="RECORDS.txt of the test exams: the order of the rows")
-    parser.add_argument("--rows", type=int, help=f"rows of a prediction, without labels (default {COURSE_ROWS})")
+    parser.add_argument("--rows", type=int, help=f"rows of a prediction, unlabelled (default {COURSE_ROWS})")
     parser.add_argument("--final-day", type=int, help="the last day that takes submissions")
     parser.add_argument("--port", type=int, default=5050, help="0 takes a free one")
     parser.add_argument("--faults", nargs="*", default=[], metavar="FAULT",
-                        help='for the first requests, in order: 500, hang, drop, cut, "400 reason", "302 address"')
+                        help='for the first requests: 500, hang, drop, cut, "400 reason", "302 address"')
     given = parser.parse_args()
     if given.labels and not given.records:
         parser.error("--labels needs --records: the CSV's order is not the order of the rows")
