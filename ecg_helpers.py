@@ -356,20 +356,23 @@ def _source_trees(code):
     trees, compiled = _functions_in("".join(linecache.getlines(code.co_filename)))
     place = (code.co_firstlineno, code.co_name)
     trees, compiled, this = trees.get(place, []), compiled.get(place, []), _compiled(code)
-    if this in compiled and len(trees) == len(compiled):  # several: lambdas of one line
-        return [trees[compiled.index(this)]]
+    if this in compiled and 2 * len(trees) == len(compiled):  # several: lambdas of one line
+        return [trees[compiled.index(this) % len(trees)]]
     return trees if this in compiled else []
 
 
 @lru_cache(maxsize=256)
 def _functions_in(text):
-    """Syntax trees and bytecode of all functions of a source text: two dicts, (line, name) -> list."""
+    """Syntax trees and bytecode of all functions of a source text: two dicts, (line, name) -> list, in order."""
     trees, compiled = {}, {}
     try:
-        nodes, waiting = list(ast.walk(ast.parse(text))), [compile(text, "", "exec", dont_inherit=True)]
+        whole = ast.parse(text)
+        # Python compiles a file at once, a notebook statement by statement: the bytecode may differ
+        units = [whole, *(ast.Module([statement], []) for statement in whole.body)]
+        waiting = [compile(unit, "", "exec", dont_inherit=True) for unit in units]
     except (SyntaxError, ValueError):
         return trees, compiled
-    functions = [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+    functions = [node for node in ast.walk(whole) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
     for node in sorted(functions, key=lambda node: (node.lineno, node.col_offset)):
         line = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
         trees.setdefault((line, getattr(node, "name", "<lambda>")), []).append(node)
@@ -389,6 +392,8 @@ def _canonical(node):
         return ascii(node)
     if isinstance(node, ast.AnnAssign):
         node = ast.Assign([node.target], node.value)
+    if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty pieces to some f-strings
+        node = ast.JoinedStr([part for part in node.values if getattr(part, "value", None) != ""])
     left_out = {"ctx", "kind", "type_comment", "type_params", "annotation", "returns"}
     fields = [(name, value) for name, value in ast.iter_fields(node) if name not in left_out]
     return [type(node).__name__, *([name, _canonical(value)] for name, value in fields if value not in (None, []))]
@@ -414,7 +419,7 @@ def _globals_used(code, space):
     used, name, value = {}, "", None
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            name, value = step.argval, space.get(step.argval)
+            name, value = step.argval, None if step.argval.startswith("__") else space.get(step.argval)
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, types.ModuleType):
             name = f"{name}.{step.argval}"
             value = None if _is_library(value.__name__) else getattr(value, step.argval, None)
@@ -432,7 +437,8 @@ def _is_library(module):
     """True for the name of a module of Python or of an installed package."""
     root = module.partition(".")[0]
     file = getattr(sys.modules.get(root), "__file__", None) or ""
-    return root in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
+    installed = "site-packages" in file or "dist-packages" in file
+    return root != "__main__" and (installed or root in sys.stdlib_module_names)
 
 
 def _library(thing):

@@ -640,8 +640,8 @@ def test_days_are_counted_by_what_was_accepted(folder, send, known):
             ("2026-03-01", 201, {}), ("2026-03-01", 200, {}), ("2026-03-02", 200, {}), ("2026-03-03", 400, {}),
             ("2026-03-04", None, {}), ("2026-03-05", 500, {}), ("2026-03-06", 201, {"team": "group_2"}),
             ("2026-03-07", 201, {"host": "http://elsewhere/"}), ("2026-03-08", 201, {"host": known.host.rstrip("/")})]):
-        answer = {"status": status, "reason": ""}
-        helpers.write_json(folder / f"{number}.json", {**record, "time": f"{day}T23:59:59+00:00", "answer": answer, **changes})
+        content = {**record, "time": f"{day}T23:59:59+00:00", "answer": {"status": status, "reason": ""}, **changes}
+        helpers.write_json(folder / f"{number}.json", content)
     days = helpers.accepted_days(helpers.sent_submissions(folder), TEAM, known.host)
     assert days == ["2026-03-01", "2026-03-02", "2026-03-08", record["time"][:10]]
 
@@ -868,7 +868,8 @@ def test_no_password_in_a_verbose_traceback(known, tmp_path, closed_host):
     shown = done.stdout + done.stderr
     refused = ["LeaderboardError"] * 7 + ["ValueError"] * 2 + ["FileExistsError"] + ["ValueError"] * 3
     interrupted = ["KeyboardInterrupt"] * 2 + ["LeaderboardError"] * 2
-    assert re.findall("^ended with (.*)$", shown, flags=re.M) == ["NoneType", *refused, *interrupted, "NoneType"], shown[-4000:]
+    ends = re.findall("^ended with (.*)$", shown, flags=re.M)
+    assert ends == ["NoneType", *refused, *interrupted, "NoneType"], shown[-4000:]
     assert "team_id = 'group_1'" in shown and "'***'" in shown  # variables were shown, the password as stars
     coded = base64.b64encode(f"{TEAM}:{PASSWORD}".encode()).decode()
     for secret in ("s3cret", "wört", repr(PASSWORD.encode()), coded, coded[16:28]):

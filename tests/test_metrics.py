@@ -2,7 +2,6 @@
 import json
 import math
 
-import notebook_source
 import numpy as np
 import pytest
 import torch
@@ -227,9 +226,11 @@ def test_one_logit_of_a_million_does_not_decide_for_all(n, share, logit, label):
     before, scale = helpers.balanced_threshold(y, z)
     z[np.flatnonzero(y == label)[0]] = logit
     threshold, less = helpers.balanced_threshold(y, z)
+    assert (threshold, less) != (0.0, 1.0)  # what the function answers where it gives up
     assert threshold == pytest.approx(before, abs=0.35) and less > 0.05 * scale
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("factor", [1e-150, 1e-30, 1e30, 1e300])
 def test_logits_of_any_size_have_a_finite_calibration(factor):
     y, z = gaussians(0.3, n=100)
@@ -285,6 +286,7 @@ NASTY = [0.0, -0.0, 5e-324, -5e-324, 1e-300, 1e-17, 1.0, np.nextafter(1, 2), 20.
 nasty = st.sampled_from(NASTY + [-value for value in NASTY]) | st.floats(allow_nan=False) | st.floats(-50, 50)
 
 
+@pytest.mark.filterwarnings("error")
 @settings(max_examples=300, deadline=None)
 @given(logits=st.lists(nasty, min_size=1, max_size=60), threshold=nasty.filter(math.isfinite),
        scale=st.sampled_from([1e-300, 1e-3, 0.4, 1.0, 13.6, 1e6, 1e300]), data=st.data())
@@ -327,14 +329,15 @@ def test_submission_refuses_what_has_no_probability(given):
 
 
 # ------------------------------------------------------------------------------------------------
-# published_tells (in the notebook)
+# estimate_prevalence, published_tells
 # ------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def published_tells():
-    try:
-        return notebook_source.definitions("published_tells")["published_tells"]
-    except NameError:
-        pytest.skip("the notebook has no published_tells")
+@pytest.mark.parametrize("share", [0.07, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("assumed", [0.5, 0.3])
+def test_prevalence_of_exams_without_labels(share, assumed):
+    threshold, scale = helpers.balanced_threshold(*gaussians(0.3), prevalence=assumed)
+    _, z = gaussians(share, seed=1)
+    probability = helpers.to_probability(scale * (z - threshold))
+    assert helpers.estimate_prevalence(probability, assumed) == pytest.approx(share, abs=0.02)
 
 
 def published(tp, fp, fn, tn):
@@ -355,19 +358,19 @@ def published(tp, fp, fn, tn):
 @example((0, 0, 3000, 3000))
 @example((0, 10, 10, 0))
 @example((7, 0, 0, 0))
-def test_the_interval_of_a_published_score_holds_the_truth(published_tells, counts):
+def test_the_interval_of_a_published_score_holds_the_truth(counts):
     score, truth = published(*counts)
-    found = published_tells(*score)
+    found = helpers.published_tells(*score)
     assert set(found) == {"recall", "precision", "prevalence"}
     for name, true in truth.items():
         value, low, high = found[name]
         assert 0 <= low <= value <= high <= 1 and low - 1e-12 <= true <= high + 1e-12
 
 
-def test_a_published_score_tells_prevalence_and_recall_closely(published_tells):
+def test_a_published_score_tells_prevalence_and_recall_closely():
     """The course's test set at a good score: 6,000 exams, half of them AF."""
     score, truth = published(tp=2820, fp=150, fn=180, tn=2850)
-    found = published_tells(*score)
+    found = helpers.published_tells(*score)
     assert score[:2] == (0.945, 0.945)
     for name, width in (("recall", 0.04), ("precision", 0.04), ("prevalence", 0.04)):
         value, low, high = found[name]
@@ -375,9 +378,9 @@ def test_a_published_score_tells_prevalence_and_recall_closely(published_tells):
     assert all(type(number) is float for triple in found.values() for number in triple)
 
 
-def test_a_perfect_score_and_a_score_of_another_file(published_tells):
-    found = published_tells(1.0, 1.0, 3000, 6000)
+def test_a_perfect_score_and_a_score_of_another_file():
+    found = helpers.published_tells(1.0, 1.0, 3000, 6000)
     assert [found[name][0] for name in ("recall", "precision", "prevalence")] == [1.0, 1.0, 0.5]
     for score in ((0.9, 0.2, 3000, 6000), (0.945, 0.945, 600, 6000)):
         with pytest.raises(ValueError, match="another file"):
-            published_tells(*score)
+            helpers.published_tells(*score)

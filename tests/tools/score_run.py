@@ -40,7 +40,11 @@ def test_probabilities(name, row, work):
         return None
     model = notebook_source.definitions(CLASSES[name])[CLASSES[name]]()
     weights = work / row["run"] / "model.pth"
-    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    try:
+        model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    except RuntimeError:
+        other = f"{weights} was made by another {CLASSES[name]} than the notebook's: run it again"
+        raise SystemExit(other) from None
     with h5py.File(work / "codesubset" / "test.h5", "r") as tracings:
         return ecg.to_probability(ecg.predict(model, tracings["tracings"], "cpu"))
 
@@ -82,7 +86,7 @@ def table_line(name, row, y, p, patients, rounds):
     return f"| {' | '.join([f'`{name}`', *validation, *test, seconds])} |"
 
 
-def estimated_prevalences(y, p, estimate, rounds=200, seed=0):
+def estimated_prevalences(y, p, rounds=200, seed=0):
     """What the label-shift estimate finds in these exams drawn anew: true prevalence -> 2.5, 50, 97.5 %
     quantiles.
     """
@@ -94,7 +98,7 @@ def estimated_prevalences(y, p, estimate, rounds=200, seed=0):
         estimates = []
         for _ in range(rounds):
             exams = np.concatenate([rng.choice(af, n_af), rng.choice(rest, len(y) - n_af)])
-            estimates.append(estimate(p[exams]))
+            estimates.append(ecg.estimate_prevalence(p[exams]))
         found[prevalence] = np.quantile(estimates, [0.025, 0.5, 0.975])
     return found
 
@@ -123,14 +127,13 @@ def main():
         p = test_probabilities(name, row, options.work)
         print(table_line(name, row, y, p, patients, options.rounds), flush=True)
     p = test_probabilities("exp3_ensemble", results.get("exp3_ensemble", {}), options.work)
-    if p is None or not notebook_source.defines("estimate_prevalence"):
+    if p is None:
         return
     print(
         "\nPrevalence estimated from the predictions of exp3_ensemble, test exams drawn anew (200 times) at "
         "known prevalences:\n\n| true prevalence | estimate: median (95 % of the draws) |\n|---|---|"
     )
-    estimate = notebook_source.definitions("estimate_prevalence")["estimate_prevalence"]
-    for prevalence, (low, middle, high) in estimated_prevalences(y, p, estimate).items():
+    for prevalence, (low, middle, high) in estimated_prevalences(y, p).items():
         print(f"| {prevalence:.1%} | {middle:.1%} ({low:.1%}-{high:.1%}) |")
 
 
