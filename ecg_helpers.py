@@ -50,7 +50,9 @@ import torch
 import wfdb
 from requests.adapters import HTTPAdapter
 from scipy import signal as dsp
+from scipy.optimize import brentq
 from scipy.special import expit
+from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 from tqdm import tqdm
@@ -178,6 +180,18 @@ def claim_folder(folder, fingerprint, source):
     if known["data"] != fingerprint:
         raise ValueError(f"{folder} holds results of other data ({known['source']}). Choose another ECG_WORK, or give "
                          f"those data as ECG_DATA. If you repaired these data on purpose, remove {note}.")
+
+
+def copy_missing(source, target, names=("runs", "predictions", "submissions")):
+    """Copy the files of these folders that `target` lacks from `source`; nothing is overwritten. Returns how many."""
+    copied = 0
+    for file in [file for name in names for file in (Path(source) / name).rglob("*") if file.is_file()]:
+        place = Path(target) / file.relative_to(source)
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, place)
+            copied += 1
+    return copied
 
 
 # ---- Device and seed ----
@@ -867,8 +881,7 @@ def read_ecg(path):
     Returns signal (leads, samples) float64 in mV, NaN where a sample is marked as invalid; sample_rate, Hz; leads,
     names as in the header. ValueError, naming the record: a file is missing, truncated or not readable.
     """
-    signal, rate, leads, _ = _read_record(path)
-    return signal, rate, leads
+    return _read_record(path)[:3]
 
 
 def _read_record(path):
@@ -2019,6 +2032,511 @@ class Registry(dict):
                 "run": run_folder(folder).relative_to(self.work).as_posix() if has_run else None,
                 "threshold_logit": entry.threshold, "scale": entry.scale, "n_exams": len(entry.exams),
                 "seconds_per_epoch": np.mean(entry.history["seconds"]) if entry.history else None, **self.data}
+
+
+# ---- Uncertainty: bootstrap over patients ----
+SCORE_NAMES = ("AUROC", "balanced AP", "balanced F1")
+
+
+def balanced_rates(truth, logits, weights=None):
+    """Share of AF exams (recall) and of other exams (false positive rate) at or above each logit, for each draw.
+
+    `weights` (draws, exams) says how often a draw holds an exam; None: one draw, the exams as they are. Returns the
+    distinct logits, high to low, and two arrays (draws, distinct logits), NaN where a draw has only one class.
+    """
+    truth, logits = np.asarray(truth), np.asarray(logits, dtype=float)
+    weights = np.ones((1, len(truth))) if weights is None else weights
+    order = np.argsort(-logits, kind="stable")
+    values, af = logits[order], truth[order] == 1
+    last = np.r_[np.flatnonzero(np.diff(values)), len(values) - 1]  # tied exams move together
+    weights = weights[:, order]
+    with np.errstate(invalid="ignore"):
+        rates = [np.cumsum(weights * kind, axis=1) for kind in (af, ~af)]
+        return values[last], *[(rate / rate[:, -1:])[:, last] for rate in rates]
+
+
+def balanced_scores(truth, logits, threshold=0.0, weights=None):
+    """SCORE_NAMES for each draw, (draws, 3): AUROC, then AP and F1 (at `threshold`) at 50 % prevalence."""
+    values, recall, false_rate = balanced_rates(truth, logits, weights)
+    start = np.zeros((len(recall), 1))
+    recall, false_rate = np.hstack([start, recall]), np.hstack([start, false_rate])
+    gained = np.diff(recall, axis=1)
+    auroc = (gained * (1 - (false_rate[:, 1:] + false_rate[:, :-1]) / 2)).sum(axis=1)
+    either = recall[:, 1:] + false_rate[:, 1:]
+    precision = recall[:, 1:] / np.where(either > 0, either, 1)
+    at = np.searchsorted(-values, -threshold)  # the number of distinct logits above the threshold
+    f1 = 2 * recall[:, at] / (1 + recall[:, at] + false_rate[:, at])
+    return np.column_stack([auroc, (gained * precision).sum(axis=1), f1])
+
+
+def patient_draws(patients, rounds=2000, seed=42, block=250):
+    """How often each exam is in a draw of patients with replacement, in blocks (up to `block`, exams)."""
+    rng = np.random.default_rng(seed)
+    _, patient = np.unique(patients, return_inverse=True)
+    people = patient.max() + 1
+    for start in range(0, rounds, block):
+        times = rng.multinomial(people, np.full(people, 1 / people), size=min(block, rounds - start))
+        yield times[:, patient].astype(float)
+
+
+def patient_bootstrap(truth, logits, patients, threshold=0.0, rounds=2000, seed=42):
+    """SCORE_NAMES of these exams (3,) and of their draws (rounds, 3). Equal exams, equal draws."""
+    draws = [balanced_scores(truth, logits, threshold, weights) for weights in patient_draws(patients, rounds, seed)]
+    return balanced_scores(truth, logits, threshold)[0], np.concatenate(draws)
+
+
+def interval(draws):
+    """95 % interval of one score's draws: (low, high), NaN where none has a score."""
+    draws = draws[np.isfinite(draws)]
+    return tuple(np.quantile(draws, [0.025, 0.975])) if len(draws) else (np.nan, np.nan)
+
+
+# ---- Uncertainty: paired differences, intervals as text ----
+def difference(one, other):
+    """Paired difference of two results of `patient_bootstrap` on the same exams: (3,) and (rounds, 3)."""
+    return one[0] - other[0], one[1] - other[1]
+
+
+def score_interval(result, score):
+    """One score of a result of `patient_bootstrap` or `difference`: value, (low, high)."""
+    column = SCORE_NAMES.index(score)
+    return result[0][column], interval(result[1][:, column])
+
+
+def threshold_interval(truth, logits, patients, rounds=300, seed=42):
+    """95 % interval of the operating point of `balanced_threshold`, fitted anew in each draw of patients."""
+    fits, truth, logits = [], np.asarray(truth), np.asarray(logits)
+    for weights in patient_draws(patients, rounds, seed):
+        for times in weights:
+            rows = np.repeat(np.arange(len(truth)), times.astype(int))
+            if 0 < truth[rows].sum() < len(rows):
+                fits.append(balanced_threshold(truth[rows], logits[rows])[0])
+    return interval(np.array(fits))
+
+
+def with_interval(value, limits, sign=""):
+    """An estimate and its interval as text: 0.982 (0.971 to 0.990); `sign` "+" for differences."""
+    text = f"{value:{sign}.3f} ({limits[0]:{sign}.3f} to {limits[1]:{sign}.3f})"
+    return text if np.isfinite(value) else "too few"
+
+
+def interval_table(results, sign="", scores=SCORE_NAMES):
+    """DataFrame of texts: a row per name of the dict `results`, a column per score."""
+    rows = [[with_interval(*score_interval(result, score), sign) for score in scores] for result in results.values()]
+    return pd.DataFrame(rows, list(results), scores)
+
+
+def percent(share):
+    """A share as text; never a rounded 0 % or 100 %."""
+    if not np.isfinite(share):
+        return "undefined"
+    if share > 0.999:
+        return "> 99.9 %"
+    return "< 0.1 %" if 0 < share < 0.001 else f"{100 * share:.1f} %"
+
+
+# ---- Figures: forest plot, and AUROC against training time ----
+def forest(axis, results, score, colours, markers="o", offset=0, label=None):
+    """One score as a forest plot, the first row on top.
+
+    Parameters
+    ----------
+    results : dict name -> result of `patient_bootstrap` or `difference`; a marker for the estimate, a line for the
+        95 % interval
+    colours, markers : one for all rows, or one per row
+    offset, label : of these rows, where several models share the axis
+    """
+    n = len(results)
+    colours = [colours] * n if isinstance(colours, str) else colours
+    markers = list(markers) * n if len(markers) == 1 else markers
+    for row, (result, colour, marker) in enumerate(zip(results.values(), colours, markers)):
+        value, limits = score_interval(result, score)
+        axis.plot(limits, [row + offset] * 2, color=colour, linewidth=1.8)
+        axis.plot(value, row + offset, color=colour, marker=marker, linestyle="none", clip_on=False,
+                  label=None if row else label)
+    axis.set(yticks=range(n), yticklabels=list(results), ylim=(n - 0.5, -0.5), xlabel=score)
+    axis.grid(axis="y", visible=False)
+
+
+def error_scale(axis, which="x", ticks=(0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.998)):
+    """Put scores on a logarithmic scale of their distance from 1; scores above 0.999 are drawn there."""
+    set_scale = axis.set_xscale if which == "x" else axis.set_yscale
+    set_scale("function", functions=(lambda v: -np.log(np.clip(1 - v, 1e-3, None)), lambda v: 1 - np.exp(-v)))
+    axis.set(**{f"{which}lim": (0, 0.999), f"{which}ticks": ticks, f"{which}ticklabels": map(str, ticks)})
+    axis.tick_params(axis=which, labelsize=9)
+
+
+def difference_figure(results, heading, colours, markers):
+    """Forest plots of paired differences, one panel per score; a black line at zero."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), sharey=True)
+    for axis, score in zip(axes, SCORE_NAMES):
+        forest(axis, results, score, colours, markers)
+        axis.axvline(0, color="black", linewidth=1)
+        axis.set(xlabel=f"difference in {score}")
+        axis.xaxis.set_major_locator(plt.MaxNLocator(5))
+    figure.suptitle(heading)
+    return figure
+
+
+def time_figure(entries, pass_mark, heading):
+    """Validation AUROC against training time of a dict name -> Entry, a marker per epoch.
+
+    Returns a dict name -> seconds until the AUROC first reached `pass_mark`, of the models that did.
+    """
+    figure, axis = plt.subplots(figsize=(10, 4))
+    error_scale(axis, "y")
+    reached = {}
+    for name, entry in entries.items():
+        if entry.history:
+            seconds, auroc = np.cumsum(entry.history["seconds"]), np.array(entry.history["auroc"], dtype=float)
+            axis.plot(seconds, np.minimum(auroc, 0.999), label=name, color=entry.colour, marker=entry.marker,
+                      markersize=4)
+            if (auroc >= pass_mark).any():
+                reached[name] = seconds[np.argmax(auroc >= pass_mark)]
+    axis.axhline(pass_mark, color="black", linestyle=":", label=f"pass mark {pass_mark}")
+    axis.set(xlabel="training time (s), logarithmic", ylabel="validation AUROC", xscale="log", title=heading)
+    axis.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return reached
+
+
+# ---- Counterfactual ECGs: P waves erased or added ----
+P_START, P_LENGTH = P_WINDOW.start, P_WINDOW.stop - P_WINDOW.start  # in samples, from the R peak
+
+
+def draw_lines(exam, starts, length=P_LENGTH):
+    """Copy of an exam (8, samples): from each start, `length` samples of all leads are a straight line."""
+    exam = exam.copy()
+    for s in starts:
+        if s >= 0 and s + length < exam.shape[1]:
+            ends = exam[:, s], exam[:, s + length]
+            exam[:, s : s + length] = np.linspace(*ends, length, endpoint=False, axis=1)
+    return exam
+
+
+def pause_for_p(exam, peaks):
+    """Copy of an exam whose P windows hold the T-P stretch before them, its ends moved to fit."""
+    changed = draw_lines(exam, peaks + P_START)
+    for s in peaks + P_START:
+        if s >= P_LENGTH + 8:
+            pause = exam[:, s - P_LENGTH - 8 : s - 8]
+            changed[:, s : s + P_LENGTH] += pause - np.linspace(pause[:, 0], pause[:, -1], P_LENGTH, axis=1)
+    return changed
+
+
+def mean_p_wave(exam):
+    """Mean P window of an exam over its beats (8, P_LENGTH), its ends moved to zero."""
+    peaks = [r for r in r_peaks(exam) if r >= -P_START]
+    wave = np.mean([exam[:, r + P_START : r + P_START + P_LENGTH] for r in peaks], axis=0)
+    return wave - np.linspace(wave[:, 0], wave[:, -1], P_LENGTH, axis=1)
+
+
+def add_p_waves(exam, peaks, wave):
+    """Copy of an exam with `wave` (8, P_LENGTH) added in the P window of each beat."""
+    exam = exam.copy()
+    for s in peaks + P_START:
+        if s >= 0:
+            exam[:, s : s + P_LENGTH] += wave
+    return exam
+
+
+# ---- Counterfactual ECGs: beats re-spaced, all manipulations ----
+def respace(exam, peaks, new_rr, before=104, after=144):
+    """Copy of an exam (8, samples) whose beats have the intervals `new_rr` (same sum as before)."""
+    moved = peaks[0] + np.r_[0, np.round(np.cumsum(new_rr))].astype(int)
+    moved[-1] = peaks[-1]
+    n, old, new = exam.shape[1], [0], [0]
+    for k in range(len(peaks) - 1):
+        shorter = min(peaks[k + 1] - peaks[k], moved[k + 1] - moved[k])
+        keep_after, keep_before = int(min(after, 0.55 * shorter)), int(min(before, 0.4 * shorter))
+        old += [peaks[k], peaks[k] + keep_after, peaks[k + 1] - keep_before]
+        new += [moved[k], moved[k] + keep_after, moved[k + 1] - keep_before]
+    old, new = [*old, peaks[-1], n - 1], [*new, moved[-1], n - 1]
+    from_time = np.interp(np.arange(n), new, old)
+    return np.stack([np.interp(from_time, np.arange(n), lead) for lead in exam]).astype(exam.dtype)
+
+
+def like_af(own_rr, af_rr, shortest=240):
+    """RR intervals with the pattern of an AF exam, the sum of `own_rr`, and none below `shortest` (0.6 s)."""
+    pattern = np.resize(af_rr, len(own_rr)) / np.mean(af_rr) * own_rr.mean()
+    excess = np.maximum(pattern - shortest, 0)
+    return shortest + excess * (own_rr.sum() - shortest * len(own_rr)) / excess.sum()
+
+
+def sinus_variants(exam, patterns, rng):
+    """Dict: manipulation -> changed copy of a sinus exam (8, samples); `patterns`: RR intervals of AF exams."""
+    peaks = r_peaks(exam)
+    own = np.diff(peaks)
+    irregular = like_af(own, patterns[rng.integers(len(patterns))])
+    no_p = draw_lines(exam, peaks + P_START)
+    return {
+        "sinus: P windows erased": no_p,
+        "sinus: T-P stretch in place of P": pause_for_p(exam, peaks),
+        "control: T-P stretch erased": draw_lines(exam, peaks + P_START - P_LENGTH - 8),
+        "control: T waves erased": draw_lines(exam, peaks + 80),
+        "sinus: irregular beats": respace(exam, peaks, irregular),
+        "control: own intervals, reversed": respace(exam, peaks, own[::-1]),
+        "sinus: P erased and irregular": respace(no_p, peaks, irregular),
+    }
+
+
+def af_variants(exam, wave):
+    """Dict: manipulation -> changed copy of an AF exam (8, samples)."""
+    peaks = r_peaks(exam)
+    own = np.diff(peaks)
+    even = respace(exam, peaks, np.full(len(own), own.mean()))
+    return {
+        "AF: P waves added": add_p_waves(exam, peaks, wave),
+        "AF: regular beats": even,
+        "control (AF): own intervals, reversed": respace(exam, peaks, own[::-1]),
+        "AF: P added and regular": add_p_waves(even, r_peaks(even), wave),
+    }
+
+
+# ---- Disturbed ECGs ----
+def _wave(x, size, hertz, rng):
+    seconds = torch.arange(x.shape[1], device=x.device)[None, :, None] / SAMPLE_RATE
+    phase = torch.rand(len(x), 1, x.shape[2], generator=rng).to(x.device)  # another one in each lead
+    return size * torch.sin(2 * torch.pi * (hertz * seconds + phase))
+
+
+def _noise(x, size, rng):
+    return size * torch.randn(x.shape, generator=rng).to(x.device)
+
+
+def _leads_off(x, leads):
+    x = x.clone()
+    x[:, :, list(leads)] = 0
+    return x
+
+
+def _middle(x, seconds):
+    edge = (x.shape[1] - seconds * SAMPLE_RATE) // 2
+    return torch.nn.functional.pad(x[:, edge:-edge], (0, 0, edge, edge))
+
+
+DISTURBANCES = {  # of a batch (n, samples, 8) in mV, with a random generator
+    "undisturbed": lambda x, rng: x,
+    "amplitude halved": lambda x, rng: x / 2,
+    "amplitude doubled": lambda x, rng: x * 2,
+    "baseline wander 0.2 mV, 0.7 Hz": lambda x, rng: x + _wave(x, 0.2, 0.7, rng),
+    "EMG noise 0.05 mV": lambda x, rng: x + _noise(x, 0.05, rng),
+    "power line 0.1 mV, 50 Hz": lambda x, rng: x + _wave(x, 0.1, 50, rng),
+    "lead off: II": lambda x, rng: _leads_off(x, [1]),
+    "leads off: II and V1": lambda x, rng: _leads_off(x, [1, 2]),
+    "recording of 7 s": lambda x, rng: _middle(x, 7),
+}
+
+
+def disturb(x, name, seed=42):
+    """A batch (n, samples, 8) in mV with one of DISTURBANCES, the same in each call; padding stays zero."""
+    rng = torch.Generator().manual_seed(seed)
+    return DISTURBANCES[name](x, rng) * (x != 0).any(dim=2, keepdim=True)
+
+
+def mean_loss(results):
+    """Mean loss of scores: the first of a dict of results of `patient_bootstrap` less the mean of all others."""
+    clean, *disturbed = results.values()
+    return tuple(clean[k] - np.mean([each[k] for each in disturbed], axis=0) for k in (0, 1))
+
+
+def lowest(results, score):
+    """The name, in a dict of results, of the lowest score; the first one does not count."""
+    return min(list(results)[1:], key=lambda name: results[name][0][SCORE_NAMES.index(score)])
+
+
+# ---- Evaluation: ROC curves, pass marks, calibration ----
+def curve_points(truth, logits, threshold):
+    """Recall, false positive rate and precision (at 50 % prevalence), and the position of `threshold` in them."""
+    values, recall, rate = balanced_rates(truth, logits)
+    precision = recall[0] / (recall[0] + rate[0])
+    return np.r_[0, recall[0]], np.r_[0, rate[0]], np.r_[1, precision], int(np.sum(values > threshold))
+
+
+def pass_curves(auroc, ap):
+    """Curves that just reach an AUROC or an AP (50 % prevalence), were the logits of both classes normal.
+
+    Returns false positive rates, and the recall there for the AUROC and for the AP.
+    """
+    rate = np.logspace(-12, 0, 5000)
+
+    def recall(distance):  # of the two means, in standard deviations
+        return norm.cdf(norm.ppf(rate) + distance)
+
+    def excess(distance):
+        return np.trapezoid(recall(distance) / (recall(distance) + rate), recall(distance)) - ap
+
+    return rate, recall(2**0.5 * norm.ppf(auroc)), recall(brentq(excess, 1, 5))
+
+
+def cross_calibrated(truth, logits, folds):
+    """Probability of AF at 50 % prevalence, of each fold by the logistic calibration of all other folds."""
+    probability = np.empty(len(truth))
+    for fold in folds:
+        rest = np.setdiff1d(np.arange(len(truth)), fold)
+        calibration = balanced_threshold(truth[rest], logits[rest])
+        probability[fold] = submission_probabilities(logits[fold], *calibration)[:, 1]
+    return probability
+
+
+def wilson(hits, n, z=1.96):
+    """95 % Wilson interval of the share hits / n: low and high."""
+    half = z * np.sqrt(hits * (n - hits) / n + z**2 / 4)
+    return np.clip((hits + z**2 / 2 + np.array([-half, half])) / (n + z**2), 0, 1)
+
+
+def reliability(axis, truth, p, colour):
+    """Draw a reliability diagram of the AF probabilities `p`, reweighted to 50 % prevalence; returns the Brier score.
+    """
+    balance, bins = exam_weights(truth, 0.5), int(np.clip(truth.sum() // 8, 2, 8))
+    order = np.argsort(p, kind="stable")
+    place = np.minimum(bins * np.cumsum(balance[order]) / balance.sum(), bins - 1e-9).astype(int)
+    members = [order[place == b] for b in np.unique(place)]
+    x = np.array([np.average(p[m], weights=balance[m]) for m in members]).clip(2e-3, 1 - 2e-3)
+
+    def reweighted(share):  # from these exams to 50 % prevalence: the odds change by a constant factor
+        af, other = share * (1 - truth.mean()), (1 - share) * truth.mean()
+        return af / (af + other)
+
+    for left, n, af in zip(x, map(len, members), [int(truth[m].sum()) for m in members]):
+        axis.plot([left, left], reweighted(wilson(af, n)), color=colour, linewidth=2)
+        axis.plot(left, reweighted(af / n), marker="o", color=colour)
+        axis.text(left, -0.06, f"{n:,}\n{af:,}", ha="center", va="top", fontsize=8)
+    reach = 1.15 * np.abs(np.log(x / (1 - x))).max() + 0.2
+    grid = to_probability(np.linspace(-reach, reach))
+    axis.plot(grid, grid, color=GREY, linestyle=":", label="perfect calibration")
+    ticks = [0.01, 0.1, 0.5, 0.9, 0.99] if reach > 3 else [0.1, 0.3, 0.5, 0.7, 0.9]
+    axis.set(xscale="logit", ylim=(-0.24, 1.03), xlabel="predicted probability of AF", yticks=np.linspace(0, 1, 5))
+    axis.set_xticks(ticks, [f"{100 * tick:.0f} %" for tick in ticks])
+    axis.set_xticks([], minor=True)
+    axis.set_xlim(grid[0], grid[-1])
+    return np.average((p - truth) ** 2, weights=balance)
+
+
+# ---- Evaluation: F1 against the threshold ----
+def prior_shift(threshold, scale, prevalence):
+    """Logit of even odds at this prevalence, from `balanced_threshold` at 50 %."""
+    return threshold + np.log((1 - prevalence) / prevalence) / scale
+
+
+def f1_curve(truth, logits, prevalence):
+    """The distinct logits, high to low, and F1 at this prevalence for a threshold just below each."""
+    values, recall, rate = (each.ravel() for each in balanced_rates(truth, logits))
+    return values, 2 * prevalence * recall / (prevalence * (1 + recall) + (1 - prevalence) * rate)
+
+
+def f1_at(truth, logits, threshold, prevalence):
+    """F1 at this prevalence where logits above `threshold` are predicted AF."""
+    values, f1 = f1_curve(truth, logits, prevalence)
+    return np.r_[0, f1][np.sum(values > threshold)]
+
+
+# ---- Evaluation: error rates, subgroups, screening ----
+def class_rates(truth, predicted, patients, rounds=2000, seed=42):
+    """Recall and false positive rate of predictions: (2,), and of each draw of patients (draws, 2)."""
+    af = np.asarray(truth) == 1
+    columns = np.column_stack([predicted & af, af, predicted & ~af, ~af]).astype(float)
+
+    def rates(weights):
+        sums = weights @ columns
+        with np.errstate(invalid="ignore"):
+            return sums[:, [0, 2]] / sums[:, [1, 3]]
+
+    draws = [rates(weights) for weights in patient_draws(patients, rounds, seed)]
+    return rates(np.ones((1, len(af))))[0], np.concatenate(draws)
+
+
+def error_text(errors, n, draws, what):
+    """An error rate as text; where nothing is wrong, by the rule of three."""
+    if errors == 0:
+        return f"0 of {n:,} {what}: 0 errors in n still allow 3/n, here {percent(min(1, 3 / max(n, 1)))}"
+    low, high = interval(draws)
+    return f"{errors:,} of {n:,} {what}: {percent(errors / n)} ({percent(low)} to {percent(high)})"
+
+
+def confusion(axis, truth, predicted):
+    """Draw the confusion matrix, rows by label, with the share of each row; returns it."""
+    table = confusion_matrix(truth, predicted, labels=[0, 1])
+    axis.imshow(table / table.sum(axis=1, keepdims=True), cmap="Blues", vmin=0, vmax=2)
+    for (i, j), count in np.ndenumerate(table):
+        axis.text(j, i, f"{count:,}\n{percent(count / table[i].sum())}", ha="center", va="center")
+    axis.set(xticks=(0, 1), xticklabels=("no AF", "AF"), yticks=(0, 1), yticklabels=("no AF", "AF"))
+    axis.set(xlabel="predicted", ylabel="label", title="confusion matrix")
+    axis.grid(False)
+    return table
+
+
+def subgroups(labels):
+    """Dict name -> positions of exams: all, by age, by sex. Where age or sex is unknown, only all."""
+    age, sex = labels["age"].to_numpy(dtype=float), labels["sex"].to_numpy()
+    inside = {"all": np.full(len(labels), True), "under 50": age < 50, "50 to 64": (age >= 50) & (age < 65),
+              "65 to 79": (age >= 65) & (age < 80), "80 and older": age >= 80, "women": sex == "F", "men": sex == "M"}
+    return {name: np.flatnonzero(rows) for name, rows in inside.items()}
+
+
+def screening_values(recall, rate, prevalence):
+    """PPV, NPV and what they mean in numbers, from recall and false positive rate."""
+    true_alarms, false_alarms = prevalence * recall, (1 - prevalence) * rate
+    missed, all_clear = prevalence * (1 - recall), (1 - prevalence) * (1 - rate)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ppv, per_true = true_alarms / (true_alarms + false_alarms), false_alarms / true_alarms
+    row = {"PPV": ppv, "NPV": all_clear / (all_clear + missed), "false alarms per true alarm": per_true}
+    return row | {"missed AF per 10,000": 1e4 * missed, "false alarms per 10,000": 1e4 * false_alarms}
+
+
+def screening_row(truth, logits, patients, cut, prevalence):
+    """Predictions at the threshold `cut` in a population of this prevalence: dict of texts, with 95 % intervals."""
+    (recall, rate), draws = class_rates(truth, logits > cut, patients)
+    row = {"threshold (logit)": f"{cut:.2f}", "recall": percent(recall), "specificity": percent(1 - rate)}
+    drawn = screening_values(*draws.T, prevalence)
+    for name, value in screening_values(recall, rate, prevalence).items():
+        write = percent if name in ("PPV", "NPV") else "{:,.1f}".format
+        low, high = map(write, interval(drawn[name]))
+        row[name] = f"{write(value)} ({low} to {high})" if np.isfinite(value) else "no true alarm"
+    if rate == 0 and recall > 0:  # the rule of three: the worst that these exams allow
+        allowed = 3 / max(np.sum(truth == 0), 3)
+        worst = screening_values(recall, allowed, prevalence)
+        row["specificity"] = f"at least {percent(1 - allowed)} (0 errors in n still allow 3/n)"
+        row["PPV"] = f"at least {percent(worst['PPV'])}"
+        for name in ("false alarms per true alarm", "false alarms per 10,000"):
+            row[name] = f"at most {worst[name]:,.1f}"
+    return row
+
+
+# ---- Evaluation: occlusion, and exams on ECG paper ----
+def occlusion(model, exam, device, width=200, step=100):
+    """How much the logit of one exam (samples, 8) falls when `width` samples are zero: centres (s), falls."""
+    starts = np.arange(0, len(exam) - width + 1, step)
+    batch = exam[None].repeat(len(starts) + 1, 1, 1)
+    for row, begin in enumerate(starts, 1):
+        batch[row, begin:begin + width] = 0
+    logits = predict(model, batch, device)
+    return (starts + width / 2) / SAMPLE_RATE, logits[0] - logits[1:]
+
+
+def occlusion_figure(exam, strip, heading):
+    """Leads II and V1 of an exam (8, samples) on ECG paper, and below them the result of `occlusion`."""
+    figure, axis = plt.subplots(figsize=(13, 3.3))
+    ii, v1 = exam[LEAD_NAMES.index("II")], exam[LEAD_NAMES.index("V1")]
+    low, high = np.quantile(ii, [0.001, 0.999])
+    v1_low, v1_high = np.quantile(v1, [0.001, 0.999])
+    shift = low - v1_high - 0.3  # V1 below II
+    bottom, top = max(shift + v1_low - 0.2, high - 6), high + 0.3
+    edge = bottom - 0.12 * (top - bottom)
+    for lead, level in ((ii, 0), (v1, shift)):
+        axis.plot(np.arange(len(lead)) / SAMPLE_RATE, lead + level, color="black", linewidth=0.8)
+    times, values = strip
+    largest = max(np.abs(values).max(), 1e-9)
+    extent = (times[0] - 0.125, times[-1] + 0.125, edge, bottom)
+    axis.imshow(values[None], cmap="PuOr_r", vmin=-largest, vmax=largest, aspect="auto", extent=extent)
+    axis.text(1.005, 0.06, f"±{largest:.1f}", transform=axis.transAxes, va="center", color=GREY)
+    axis.set(xlim=(0, N_SAMPLES / SAMPLE_RATE), ylim=(edge, top), xlabel="time (s)", yticks=[0, shift],
+             yticklabels=["II", "V1"])
+    axis.xaxis.set_major_locator(plt.MultipleLocator(1))
+    axis.xaxis.set_minor_locator(plt.MultipleLocator(0.2))
+    axis.yaxis.set_minor_locator(plt.MultipleLocator(0.5))
+    axis.grid(which="both", color="#e09a9a", alpha=0.6, linewidth=0.6)
+    axis.set_title(heading, fontsize=11)
+    return figure
 
 
 # ---- Prevalence of unlabelled exams, and what a published score tells ----

@@ -673,22 +673,6 @@ def test_course_data_are_downloaded_once(big, small, tmp_path, monkeypatch, paus
         assert (first.ranges, second.ranges) == ([None], []) and not pauses
 
 
-def test_course_data_are_downloaded_once(big, small, tmp_path, monkeypatch, pauses):
-    """Parents are created, the archive is extracted; later calls ask no server, nor does a folder or file by hand."""
-    with mirrors(big[1], whole) as (first, second):
-        monkeypatch.setattr(helpers, "COURSE_MIRRORS", (first.url, second.url))
-        target = helpers.fetch_codesubset("course", tmp_path / "a" / "b")
-        assert target == tmp_path / "a" / "b" / "codesubset" and files(target).items() >= files(small).items()
-        assert helpers.fetch_codesubset("course", tmp_path / "a" / "b") == target
-        assert (first.ranges, second.ranges) == ([None], [])
-        shutil.copytree(small, tmp_path / "folder by hand" / "codesubset")
-        helpers.fetch_codesubset("course", tmp_path / "folder by hand")
-        (tmp_path / "file by hand").mkdir()
-        shutil.copy(big[0], tmp_path / "file by hand")
-        helpers.fetch_codesubset("course", tmp_path / "file by hand")
-        assert (first.ranges, second.ranges) == ([None], []) and not pauses
-
-
 def test_two_fetches_at_once(big, small, tmp_path, monkeypatch, pauses):
     """The second process is refused while the first downloads; it takes nothing away, and the first ends well."""
     with mirrors(big[1], cut_at(2_000_000, then=stall), whole) as (first, second):

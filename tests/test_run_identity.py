@@ -460,13 +460,12 @@ def test_device_precision_and_switches_for_speed_change_no_run(tmp_path):
         assert not trained(train(tmp_path, **change)), change
 
 
-def test_device_is_no_part_of_the_description():
-    def described(device):
-        model, notes = cells().Net().to(device), helpers.Notes()
-        model.device, model.kind = torch.device(device), torch.float16
-        model.to(torch.float64)
-        return helpers.describe(model.cpu() if device == "cpu" else model.to_empty(device="cpu"), notes)
-    assert described("cpu") == described("meta")
+def test_device_and_types_are_no_part_of_the_description():
+    def described(device, kind):
+        notes = helpers.Notes()
+        thing = SimpleNamespace(device=torch.device(device), kind=kind, weights=torch.ones(3, dtype=kind))
+        return helpers.describe(thing, notes), notes.numbers
+    assert described("cpu", torch.float32) == described("cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("change, other", [(1e-7, False), (1e-3, True)])

@@ -1,4 +1,4 @@
-"""Training: the loops, prediction, `fit`, and what kills, damage and changed settings may not do to it."""
+"""Training: the loops, prediction, `fit`, and what kills, damage and full disks may not do to it."""
 import errno
 import functools
 import itertools
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +87,10 @@ class FirstSample(torch.nn.Module):
         return self.weight * traces[:, 0, :1]
 
 
+class Stop(BaseException):
+    """Ends a training where it stands, as a kill does."""
+
+
 def noise(traces):
     return traces + 0.3 * torch.randn_like(traces)
 
@@ -105,41 +109,34 @@ PLANS = {  # name: (optimizer, learning rate, scheduler of the optimizer, furthe
 }
 
 
-def train(run_dir, plan="plateau", *, start=0, net=Net, lr=None, weight_decay=0.0, pos_weight=1.5, schedule=None,
-          traces=None, train_loader=None, **changes):
-    """One small run of `fit`: history, model, optimizer and scheduler. `changes` go to `fit`."""
+def train(run_dir, plan="plateau", *, start=0, net=Net, lr=None, weight_decay=0.0, schedule=None, traces=None,
+          train_loader=None, stop=None, error=Stop, before_batch=None, **changes):
+    """One small run of `fit`: history, model, optimizer, scheduler. `changes` go to `fit`.
+
+    `stop`: so many training batches are done, then `error` is raised. `before_batch`: called before each of them. Both
+    are hooks on the network: other code would be another run.
+    """
     kind, rate, planned, arguments = PLANS[plan]
     torch.manual_seed(start)
-    model = net()
+    model, count = net(), itertools.count()
+
+    def hook(model, batch):
+        if model.training and next(count) == stop:
+            raise error
+        if model.training and before_batch:
+            before_batch()
+    model.register_forward_pre_hook(hook)
     optimizer = make_optimizer(kind, model, lr or rate, weight_decay)
     schedule = schedule or planned
     scheduler = schedule(optimizer) if schedule else None
     everything, targets = exams()
     traces = everything if traces is None else traces
-    arguments = {"epochs": EPOCHS, "loss_function": torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor([pos_weight])),
+    arguments = {"epochs": EPOCHS, "loss_function": torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.5])),
                  "settings": {"data": "tiny"}, **arguments, **changes}
     history = helpers.fit(model, train_loader or helpers.BatchLoader(traces, targets, TRAIN, BATCH, shuffle=True),
                           helpers.BatchLoader(traces, targets, VALID, BATCH), optimizer=optimizer,
                           scheduler=scheduler, device="cpu", run_dir=run_dir, **arguments)
     return SimpleNamespace(history=history, model=model, optimizer=optimizer, scheduler=scheduler)
-
-
-class Stop(BaseException):
-    """Ends a training where it stands, as a kill does."""
-
-
-@contextmanager
-def stopped(after, error=Stop):
-    """Let `error` rise in the training batch of `Net` after `after` whole ones."""
-    forward, count = Net.forward, itertools.count()
-
-    def stopping(self, traces):
-        if self.training and next(count) == after:
-            raise error
-        return forward(self, traces)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Net, "forward", stopping)
-        yield
 
 
 def assert_same(a, b, where=""):
@@ -160,7 +157,8 @@ def assert_same(a, b, where=""):
 
 def saved(run_dir):
     """All that a run wrote: weights, optimizer, scheduler, average, history, kept weights."""
-    return {name: torch.load(Path(run_dir) / name, weights_only=True) for name in ("checkpoint.pt", "model.pth")}
+    folder = helpers.run_folder(run_dir)
+    return {name: torch.load(folder / name, weights_only=True) for name in ("checkpoint.pt", "model.pth")}
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +172,10 @@ def undisturbed(tmp_path_factory):
     return state
 
 
-def epochs_trained(monkeypatch):
-    """List that collects the number of each epoch that `fit` really trains."""
-    trained, real = [], helpers.train_loop
-    monkeypatch.setattr(helpers, "train_loop", lambda epoch, *a, **k: (trained.append(epoch), real(epoch, *a, **k))[1])
-    return trained
+def trained(capsys):
+    """Numbers of the epochs that were trained and not loaded, from what was printed since the last time."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    return [int(line.split()[1].partition("/")[0]) for line in lines if not line.endswith("(loaded)")]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -385,7 +382,7 @@ def test_history_is_a_plain_dict_of_lists(tmp_path):
     assert all(type(value) in (int, float) for values in history.values() for value in values)
     assert history["epoch"] == [1, 2, 3, 4]
     assert json.loads(json.dumps(history, allow_nan=False)) == history
-    assert json.loads((tmp_path / "history.json").read_text()) == history, "the file holds other numbers than the run"
+    assert json.loads((helpers.run_folder(tmp_path) / "history.json").read_text()) == history, "the file holds other numbers than the run"
 
 
 def test_history_file_is_whole_and_strict_json_without_auroc(tmp_path):
@@ -396,7 +393,7 @@ def test_history_file_is_whole_and_strict_json_without_auroc(tmp_path):
     history = helpers.fit(model, no_af, no_af, optimizer=make_optimizer("SGD", model, 0.1), epochs=2, device="cpu",
                           loss_function=torch.nn.BCEWithLogitsLoss(), run_dir=tmp_path)
     assert all(math.isnan(value) for value in history["auroc"])
-    stored = json.loads((tmp_path / "history.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    stored = json.loads((helpers.run_folder(tmp_path) / "history.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert stored["auroc"] == [None, None]
 
 
@@ -421,7 +418,7 @@ def test_fit_keeps_the_weights_of_the_best_epoch(tmp_path, select):
     loss, prob, truth = helpers.eval_loop(0, helpers.BatchLoader(traces, targets, VALID, BATCH), run.model, loss, "cpu")
     assert loss == history["valid_loss"][best]
     assert helpers.classification_metrics(truth, prob)["auroc"] == history["auroc"][best]
-    assert_same(dict(run.model.state_dict()), dict(torch.load(tmp_path / "model.pth", weights_only=True)))
+    assert_same(dict(run.model.state_dict()), dict(saved(tmp_path)["model.pth"]))
 
 
 def test_plateau_scheduler_follows_the_validation_loss(tmp_path):
@@ -484,8 +481,8 @@ def test_augment_sees_training_batches_only(tmp_path):
 def test_fit_takes_torch_data_loaders_and_resumes(tmp_path):
     data = TensorDataset(exams()[0][TRAIN], exams()[1][TRAIN, None])
     expected = train(tmp_path / "whole", train_loader=DataLoader(data, BATCH, shuffle=True)).history
-    with stopped(STEPS + 1), pytest.raises(Stop):
-        train(tmp_path / "cut", train_loader=DataLoader(data, BATCH, shuffle=True))
+    with pytest.raises(Stop):
+        train(tmp_path / "cut", train_loader=DataLoader(data, BATCH, shuffle=True), stop=STEPS + 1)
     assert_same(train(tmp_path / "cut", train_loader=DataLoader(data, BATCH, shuffle=True)).history, expected)
 
 
@@ -499,112 +496,64 @@ def test_random_state_of_the_caller_is_untouched(tmp_path, stop):
         model = Net()
         states.append(state())
         return model
-    with stopped(stop), suppress(Stop):
-        train(tmp_path, net=net, augment=noise)
+    with suppress(Stop):
+        train(tmp_path, net=net, augment=noise, stop=stop)
     assert states == [state()]
 
 
 # ------------------------------------------------------------------------------------------------
-# fit: finished runs, changed settings
+# fit: finished runs, refused settings
 # ------------------------------------------------------------------------------------------------
-class Forbidden:
-    def __len__(self):
-        return STEPS
-
-    def __iter__(self):
-        raise AssertionError("a finished run was trained again")
-
-
 @pytest.mark.parametrize("plan", PLANS)
 def test_finished_run_is_loaded_without_training(tmp_path, plan):
     first = train(tmp_path, plan)
-    again = train(tmp_path, plan, train_loader=Forbidden())
+    again = train(tmp_path, plan, stop=0)
     assert again.history == first.history
     assert_same(dict(again.model.state_dict()), dict(first.model.state_dict()))
 
 
-def test_overwrite_trains_anew(tmp_path, monkeypatch):
-    first, trained = train(tmp_path), epochs_trained(monkeypatch)
-    again = train(tmp_path, overwrite=True)
-    assert trained == [1, 2, 3, 4]
-    assert_same(again.history, first.history)
+@pytest.mark.parametrize("select", ["AUROC", "loss", "train_loss", "best", None])
+def test_typing_errors_in_select_are_named_before_anything_is_trained_or_written(tmp_path, select):
+    """What is allowed is named, too."""
+    allowed = "it is 'valid_loss', 'last' or one of auroc, ap, f1, accuracy"
+    with pytest.raises(ValueError, match=f"select={select!r} is not known: {allowed}"):
+        train(tmp_path / "run", select=select, stop=0)
+    assert not (tmp_path / "run").exists()
 
 
 SCHEDULERS = torch.optim.lr_scheduler
-CHANGES = {
-    "epochs": {"epochs": EPOCHS + 1},
-    "learning rate": {"lr": 0.03},
-    "weight decay": {"weight_decay": 0.1},
-    "seed": {"seed": 7},
-    "pos_weight": {"pos_weight": 3.0},
-    "caller's settings": {"settings": {"data": "other"}},
-    "further setting": {"settings": {"data": "tiny", "batch_size": 16}},
-    "start weights": {"start": 9},
-    "architecture": {"net": Mean},
-    "average": {"ema_decay": 0.5},
-    "criterion": {"select": "auroc"},
-    "clipping": {"max_norm": 0.1},
-    "augmentation": {"augment": noise},
-    "scheduler": {"schedule": lambda o: SCHEDULERS.StepLR(o, 1)},
-    "its patience": {"schedule": lambda o: SCHEDULERS.ReduceLROnPlateau(o, factor=0.5, patience=9)},
-    "loss function": {"loss_function": F.binary_cross_entropy_with_logits},
-}
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_changed_settings_start_anew_and_say_so(tmp_path, monkeypatch, capsys, what):
-    train(tmp_path / "run")
-    trained = epochs_trained(monkeypatch)
-    capsys.readouterr()
-    run = train(tmp_path / "run", **CHANGES[what])
-    assert "anew" in capsys.readouterr().out
-    assert trained == run.history["epoch"]
-    assert_same(run.history, train(tmp_path / "fresh", **CHANGES[what]).history)
+@pytest.mark.parametrize("schedule", ["onecyle", "OneCycle", "", "cosine", 3])
+def test_typing_errors_in_the_schedule_are_named_at_once(schedule):
+    optimizer = torch.optim.SGD(Mean().parameters(), 0.1)
+    with pytest.raises(ValueError, match=f"schedule={schedule!r} is not known: it is 'plateau', 'onecycle', None or a function"):
+        helpers.make_scheduler(optimizer, schedule, 0.1, 20)
 
 
-@pytest.mark.parametrize("schedule, changed", [
-    (lambda o: SCHEDULERS.OneCycleLR(o, 0.05, total_steps=99), lambda o: SCHEDULERS.OneCycleLR(o, 0.5, total_steps=99)),
-    (lambda o: SCHEDULERS.MultiStepLR(o, [1, 3]), lambda o: SCHEDULERS.MultiStepLR(o, [2])),
-    (lambda o: SCHEDULERS.ExponentialLR(o, 0.9), lambda o: SCHEDULERS.ExponentialLR(o, 0.5)),
-    (lambda o: SCHEDULERS.CosineAnnealingLR(o, 4), lambda o: SCHEDULERS.CosineAnnealingLR(o, 8)),
-], ids=["OneCycleLR", "MultiStepLR", "ExponentialLR", "CosineAnnealingLR"])
-def test_changed_schedule_starts_anew(tmp_path, monkeypatch, schedule, changed):
-    trained = epochs_trained(monkeypatch)
-    train(tmp_path, schedule=schedule, epochs=2)
-    train(tmp_path, schedule=schedule, epochs=2)
-    train(tmp_path, schedule=changed, epochs=2)
-    assert trained == [1, 2, 1, 2]
+def test_schedules_by_name_or_function():
+    optimizer = torch.optim.SGD(Mean().parameters(), 0.1)
+    plateau, cycle, constant = (helpers.make_scheduler(optimizer, name, 0.1, 20) for name in ("plateau", "onecycle", None))
+    assert isinstance(plateau, SCHEDULERS.ReduceLROnPlateau) and plateau.factor == 0.5 and constant is None
+    assert isinstance(cycle, SCHEDULERS.OneCycleLR) and cycle.total_steps == 20
+    own = helpers.make_scheduler(optimizer, lambda optimizer, steps: SCHEDULERS.CosineAnnealingLR(optimizer, steps), 0.1, 20)
+    assert isinstance(own, SCHEDULERS.CosineAnnealingLR) and own.T_max == 20
 
 
-def test_changed_rate_of_a_parameter_group_starts_anew(tmp_path, monkeypatch):
-    trained, (traces, targets) = epochs_trained(monkeypatch), exams()
-    for rate in (0.1, 0.5):
-        torch.manual_seed(0)
-        model, loader = Mean(), helpers.BatchLoader(traces, targets, TRAIN, BATCH)
-        optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": rate}], lr=1.0)
-        helpers.fit(model, loader, loader, optimizer=optimizer, loss_function=torch.nn.BCEWithLogitsLoss(), epochs=1,
-                    device="cpu", run_dir=tmp_path)
-    assert trained == [1, 1]
+@pytest.mark.parametrize("optimizer, device, fused", [
+    (torch.optim.AdamW, "cuda", True), (functools.partial(torch.optim.Adam, eps=1e-6), "cuda", True),
+    (torch.optim.RMSprop, "cuda", None), (lambda parameters, lr: torch.optim.SGD(parameters, lr), "cuda", None),
+    (torch.optim.AdamW, "cpu", None)], ids=["AdamW", "partial", "RMSprop", "function", "CPU"])
+def test_fused_only_for_optimisers_that_take_it(optimizer, device, fused):
+    made = helpers.make_optimizer(optimizer, Mean(), device, lr=0.1)
+    assert made.param_groups[0].get("fused") is fused and made.param_groups[0]["lr"] == 0.1
 
 
-def test_caller_names_settings_freely(tmp_path, capsys):
-    train(tmp_path, settings={"model": "CNN", "epochs": "all", "lr": (1, 2)}, epochs=1)
-    train(tmp_path, settings={"model": "CNN", "epochs": "all", "lr": (1, 2)}, epochs=1, train_loader=Forbidden())
-    capsys.readouterr()
-    train(tmp_path, settings={"model": "RNN", "epochs": "all", "lr": (1, 2)}, epochs=1)
-    out = capsys.readouterr().out
-    assert "anew" in out and "model" in out
-
-
-def test_plain_loss_function_resumes_in_another_process(tmp_path):
-    """A function's address differs from process to process: it must not be part of what a run is."""
-    def fresh():
-        def loss(logits, targets):
-            return F.binary_cross_entropy_with_logits(logits, targets)
-        return loss
-    keep = [fresh(), fresh()]  # two addresses, one function
-    train(tmp_path, loss_function=keep[0])
-    train(tmp_path, loss_function=keep[1], train_loader=Forbidden())
+def test_weighted_loss_weighs_both_classes_alike():
+    targets = np.array([1, 0, 0, 0, 0])
+    loss = helpers.weighted_loss(targets)(torch.zeros(5, 1), torch.tensor(targets, dtype=torch.float32)[:, None])
+    assert loss.item() == pytest.approx(2 * 4 / 5 * math.log(2)), "four times one exam, once each of four"
+    assert helpers.weighted_loss(targets, weighted=False).pos_weight.item() == 1.0
 
 
 @pytest.mark.parametrize("schedule", [
@@ -615,9 +564,9 @@ def test_plain_loss_function_resumes_in_another_process(tmp_path):
 ], ids=["ReduceLROnPlateau", "OneCycleLR", "MultiStepLR", "LambdaLR", "CyclicLR", "SequentialLR"])
 def test_checkpoint_loads_with_weights_only_and_resumes(tmp_path, schedule):
     expected = train(tmp_path / "whole", schedule=schedule, ema_decay=0.9).history
-    with stopped(2 * STEPS + 1), pytest.raises(Stop):
-        train(tmp_path / "cut", schedule=schedule, ema_decay=0.9)
-    torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
+    with pytest.raises(Stop):
+        train(tmp_path / "cut", schedule=schedule, ema_decay=0.9, stop=2 * STEPS + 1)
+    torch.load(helpers.run_folder(tmp_path / "cut") / "checkpoint.pt", weights_only=True)
     assert_same(train(tmp_path / "cut", schedule=schedule, ema_decay=0.9).history, expected)
 
 
@@ -626,20 +575,19 @@ def test_checkpoint_loads_with_weights_only_and_resumes(tmp_path, schedule):
 # ------------------------------------------------------------------------------------------------
 def attempt(folder, plan, kill=None, at=0, share=0.0):
     """Train, logging the epochs that are started, and die by SIGKILL at event `at` of the kind `kill`."""
-    count, loop, forward, save, replace = itertools.count(), helpers.train_loop, Net.forward, torch.save, os.replace
+    count, save, replace, started = itertools.count(), torch.save, os.replace, []
 
     def die(kind):
         if kind == kill and next(count) == at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def logged_loop(epoch, *args, **kwargs):
-        with open(f"{folder}.log", "a") as log:
-            log.write(f"{os.getpid()} {epoch}\n")
-        return loop(epoch, *args, **kwargs)
-
-    def forward_or_die(self, traces):
+    def before_batch():
+        epoch = torch.initial_seed() - 1_000_003 * 42  # each epoch has its seed
+        if epoch not in started:
+            started.append(epoch)
+            with open(f"{folder}.log", "a") as log:
+                log.write(f"{os.getpid()} {epoch}\n")
         die("batch")
-        return forward(self, traces)
 
     def save_or_die(state, path):
         save(state, path)
@@ -654,8 +602,8 @@ def attempt(folder, plan, kill=None, at=0, share=0.0):
         replace(*args)
         die("after replace")
 
-    helpers.train_loop, Net.forward, torch.save, os.replace = logged_loop, forward_or_die, save_or_die, replace_or_die
-    train(folder, plan)
+    torch.save, os.replace = save_or_die, replace_or_die
+    train(folder, plan, before_batch=before_batch)
 
 
 def kill_points(folder, seed, points):
@@ -688,7 +636,8 @@ def kill_points(folder, seed, points):
         runs += 1
         for _ in range(rng.choice([1, 1, 2])):  # several kills within one run count
             kind = next(kinds)
-            last = {"batch": 6 * EPOCHS, "save": EPOCHS, "delay": 1}.get(kind, 2 * EPOCHS - 1)
+            # files that are renamed: the description, the checkpoints of each epoch, ...
+            last = {"batch": 6 * EPOCHS, "save": EPOCHS, "delay": 1}.get(kind, 2 * EPOCHS + 1)
             pid, _ = child(run, plan, kill=kind, at=rng.randrange(last), share=rng.random())
             if kind == "delay":
                 time.sleep(rng.random() * takes)
@@ -732,51 +681,61 @@ def test_twenty_kills_end_with_the_numbers_of_an_undisturbed_run(tmp_path, undis
 def test_resume_at_any_batch_equals_an_undisturbed_run(undisturbed, plan, stops):
     with tempfile.TemporaryDirectory() as folder:
         for stop in [*stops, None]:
-            with stopped(stop), suppress(Stop):
-                train(folder, plan)
+            with suppress(Stop):
+                train(folder, plan, stop=stop)
         assert_same(saved(folder), undisturbed(plan))
 
 
-def cut_run(folder):
+def cut_run(run_dir):
     """A run that stopped in the middle of epoch 4; its checkpoints, newest first."""
-    with stopped(3 * STEPS + 1), pytest.raises(Stop):
-        train(folder)
-    newest = folder / "checkpoint.pt"
-    return [newest, *(set(folder.glob("checkpoint*.pt")) - {newest})]
+    with pytest.raises(Stop):
+        train(run_dir, stop=3 * STEPS + 1)
+    folder = helpers.run_folder(run_dir)
+    return folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, monkeypatch, capsys, undisturbed, damage):
-    newest = cut_run(tmp_path)[0]
-    newest.write_bytes(DAMAGE[damage](newest.read_bytes()))
-    trained = epochs_trained(monkeypatch)
+def spoil(file, damage):
+    """Damage a checkpoint: its bytes, or its content in a file that is whole."""
+    if damage in DAMAGE:
+        file.write_bytes(DAMAGE[damage](file.read_bytes()))
+        return
+    state = torch.load(file, weights_only=True)
+    if damage == "a part is missing":
+        del state["optimizer"]
+    elif damage == "weights of another shape":
+        state["model"]["6.weight"] = torch.zeros(2, 6)
+    elif damage == "kept weights without a key":
+        del state["best"]["6.weight"]
+    torch.save(state, file)
+
+
+@pytest.mark.parametrize("damage", [*DAMAGE, "a part is missing", "weights of another shape", "kept weights without a key"])
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys, undisturbed, damage):
+    newest, _ = cut_run(tmp_path)
+    spoil(newest, damage)
     capsys.readouterr()
     train(tmp_path)
     out = capsys.readouterr().out
-    assert str(newest) in out and "damaged" in out
-    assert trained == [3, 4]
+    assert f"{newest} is damaged" in out
+    assert [line.endswith("(loaded)") for line in out.splitlines() if line.startswith("epoch ")] == [True, True, False, False]
     assert_same(saved(tmp_path), undisturbed("plateau"))
 
 
-def test_all_checkpoints_damaged_starts_anew(tmp_path, monkeypatch, capsys, undisturbed):
+def test_all_checkpoints_damaged_starts_again(tmp_path, capsys, undisturbed):
     files = cut_run(tmp_path)
-    assert len(files) == 2
     for file in files:
-        file.write_bytes(DAMAGE["truncated"](file.read_bytes()))
-    trained = epochs_trained(monkeypatch)
+        spoil(file, "truncated")
     capsys.readouterr()
     train(tmp_path)
     out = capsys.readouterr().out
-    assert all(str(file) in out for file in files)
-    assert trained == [1, 2, 3, 4]
+    assert all(f"{file} is damaged" in out for file in files) and "(loaded)" not in out
     assert_same(saved(tmp_path), undisturbed("plateau"))
 
 
 @pytest.mark.parametrize("moves", [0, 1, 2])
-def test_kill_in_the_write_after_damage_loses_at_most_one_epoch(tmp_path, monkeypatch, undisturbed, moves):
+def test_kill_in_the_write_after_damage_loses_at_most_one_epoch(tmp_path, monkeypatch, capsys, undisturbed, moves):
     """The damaged newest checkpoint must not push out the good one before it."""
-    newest = cut_run(tmp_path)[0]
-    newest.write_bytes(DAMAGE["truncated"](newest.read_bytes()))
+    spoil(cut_run(tmp_path)[0], "truncated")
     with monkeypatch.context() as patch:
         real, count = os.replace, itertools.count()
 
@@ -787,13 +746,13 @@ def test_kill_in_the_write_after_damage_loses_at_most_one_epoch(tmp_path, monkey
         patch.setattr(os, "replace", replace)
         with pytest.raises(Stop):
             train(tmp_path)
-    trained = epochs_trained(monkeypatch)
+    capsys.readouterr()
     train(tmp_path)
-    assert trained[0] >= 3, "all progress is lost"
+    assert trained(capsys)[0] >= 3, "all progress is lost"
     assert_same(saved(tmp_path), undisturbed("plateau"))
 
 
-def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, undisturbed):
+def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, capsys, undisturbed):
     with monkeypatch.context() as patch:
         real, count = torch.save, itertools.count(1)
 
@@ -805,40 +764,96 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, undisturbe
         patch.setattr(torch, "save", save)
         with pytest.raises(OSError, match="No space left"):
             train(tmp_path)
-    assert not list(tmp_path.glob("*.part"))
-    trained = epochs_trained(monkeypatch)
+    assert not list(tmp_path.rglob("*.part"))
+    capsys.readouterr()
     train(tmp_path)
-    assert trained == [3, 4]
+    assert trained(capsys) == [3, 4]
     assert_same(saved(tmp_path), undisturbed("plateau"))
 
 
-@pytest.mark.parametrize("lr, exam, message", [
-    (1e30, None, r"training loss is (nan|inf).* epoch [12] .*1e\+30.*linear\.weight"),
-    (0.02, TRAIN[3], r"training loss is nan .*epoch 1 .*0\.02"),
-    (0.02, VALID[2], r"validation loss is nan .*epoch 1 .*0\.02.*weights are still finite.*input"),
-], ids=["diverged", "training exam", "validation exam"])
-def test_loss_that_is_not_finite_stops_the_training(tmp_path, lr, exam, message):
+# ------------------------------------------------------------------------------------------------
+# Faults: what is wrong in the student's code is named
+# ------------------------------------------------------------------------------------------------
+class Log(Mean):
+    def forward(self, traces):
+        return super().forward(traces).log()
+
+
+def bad_now_and_then(traces):
+    return traces / (torch.rand(len(traces), 1, 1) > 0.05)
+
+
+def own_loss(logits, targets):
+    return -(targets * logits.sigmoid().sub(2).log()).mean()
+
+
+def exam_with_nan(exam):
     traces = exams()[0].clone()
-    if exam is not None:
-        traces[exam, 5, 0] = math.nan
-    with pytest.raises(FloatingPointError, match=message):
-        train(tmp_path, "constant", net=Mean, lr=lr, traces=traces, weight_decay=1.0)
-    assert not (tmp_path / "model.pth").exists()
+    traces[exam, 5, 0] = math.nan
+    return traces
 
 
-@pytest.mark.parametrize("error, match", [(FloatingPointError, "epoch 3 "), (KeyboardInterrupt, None)])
+@pytest.mark.parametrize("changes, message", [
+    ({"lr": 1e30, "weight_decay": 1.0}, r"training loss is (nan|inf) in epoch [12] at learning rate 1e\+30: the weights grew "
+                                        r"beyond all bounds \(linear\.weight.*lower the learning rate or clip"),
+    ({"traces": exam_with_nan(TRAIN[3])}, r"training loss is nan in epoch 1 .* in batch \d the tracings hold it"),
+    ({"traces": exam_with_nan(VALID[2])}, r"validation loss is nan in epoch 1 .* in batch 1 the tracings hold it"),
+    ({"net": Log}, r"training loss is nan in epoch 1 .* in batch 1 the forward pass makes it, with finite weights"),
+    ({"augment": bad_now_and_then}, r"in batch \d the augmentation makes it of finite tracings"),
+    ({"loss_function": own_loss}, r"in batch 1 the loss function makes it of finite logits"),
+], ids=["diverged", "training exam", "validation exam", "forward pass", "augmentation", "loss"])
+def test_loss_that_is_not_finite_stops_the_training_and_the_cause_is_named(tmp_path, changes, message):
+    """A high learning rate is told apart from the rest, and no checkpoint is promised where there is none."""
+    with pytest.raises(FloatingPointError, match=message) as caught:
+        train(tmp_path, "constant", **{"net": Mean, **changes})
+    assert "checkpoint" not in str(caught.value)
+    assert "lr" in changes or "lower the learning rate" not in str(caught.value)
+    assert not (helpers.run_folder(tmp_path) / "model.pth").exists()
+
+
+def test_a_sigmoid_in_the_model_is_named(tmp_path, capsys):
+    def probabilities():
+        return torch.nn.Sequential(Net(), torch.nn.Sigmoid())
+    train(tmp_path / "run", "constant", net=probabilities, epochs=2)
+    assert "All logits lie between 0 and 1: is there a sigmoid in the model?" in capsys.readouterr().out
+    train(tmp_path / "run", "constant")
+    assert "a sigmoid in the model" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dim, got", [((1, 2), r"\(5, 2\)"), (None, r"\(5,\)")])
+def test_wrong_shape_of_the_logits_is_named(tmp_path, dim, got):
+    """Got and wanted; others would be broadcast to (batch, batch) without a word."""
+    class Wrong(Mean):
+        def forward(self, traces):
+            logits = super().forward(traces)
+            return logits.expand(-1, 2) if dim else logits[:, 0]
+    with pytest.raises(ValueError, match=rf"returned shape {got} for 5 exams, wanted \(5, 1\)"):
+        train(tmp_path, net=Wrong)
+    with pytest.raises(ValueError, match=r"wanted \(24, 1\)"):
+        helpers.predict(Wrong(), exams()[0], "cpu", batch_size=N)
+
+
 @pytest.mark.parametrize("select", ["valid_loss", "last"])
-def test_nan_and_interrupt_leave_the_best_weights_and_go_on(tmp_path, error, match, select):
+def test_nan_leaves_the_best_weights_and_goes_on(tmp_path, select):
     best = train(tmp_path / "two", "constant", epochs=2, select=select).model
     made, count = [], itertools.count()
 
     def fault(traces):
-        if next(count) < 2 * STEPS + 2:
-            return traces
-        if error is KeyboardInterrupt:
-            raise KeyboardInterrupt
-        return traces * math.nan
-    with pytest.raises(error, match=match):
+        return traces if next(count) < 2 * STEPS + 2 else traces * math.nan
+    with pytest.raises(FloatingPointError, match="epoch 3 "):
         train(tmp_path / "cut", "constant", select=select, augment=fault, net=lambda: made.append(Net()) or made[-1])
     assert_same(dict(made[0].state_dict()), dict(best.state_dict()))
-    assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["history"]["epoch"] == [1, 2]
+
+
+@pytest.mark.parametrize("select", ["valid_loss", "last"])
+def test_interrupting_says_how_to_go_on_and_leaves_the_best_weights(tmp_path, capsys, undisturbed, select):
+    best, made = train(tmp_path / "two", "constant", epochs=2, select=select).model, []
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", "constant", select=select, stop=2 * STEPS + 2, error=KeyboardInterrupt,
+              net=lambda: made.append(Net()) or made[-1])
+    assert capsys.readouterr().out.endswith("stopped after epoch 2 of 4: run the cell again to continue.\n")
+    assert_same(dict(made[0].state_dict()), dict(best.state_dict()))
+    train(tmp_path / "cut", "constant", select=select)
+    assert trained(capsys) == [3, 4]
+    if select == "valid_loss":
+        assert_same(saved(tmp_path / "cut"), undisturbed("constant"))

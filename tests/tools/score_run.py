@@ -57,12 +57,9 @@ def scores(y, p):
 
 
 def intervals(y, p, patients, rounds):
-    """95 % intervals of `scores`, (2, 5): patients resampled with replacement by the notebook's
-    `patient_draws`.
-    """
-    space = notebook_source.definitions("patient_draws", patients=patients, SEED=0)
+    """95 % intervals of `scores`, (2, 5): patients resampled with replacement, as in the notebook."""
     values = []
-    for block in space["patient_draws"](np.arange(len(y)), rounds):
+    for block in ecg.patient_draws(patients, rounds, seed=0):
         for times in block.astype(int):
             exams = np.repeat(np.arange(len(y)), times)
             if 0 < y[exams].sum() < len(exams):
