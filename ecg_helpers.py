@@ -269,6 +269,7 @@ class Notes:
         self.code = {}     # name of a function or class -> digest of its source and of what it uses
         self.numbers = []  # (label, sum of absolute values, weighted sum) of each array of floats
         self.label = ""
+        self.outdated = []  # functions whose file was changed after it was loaded
 
     def name(self, thing, name):
         """Note a name for `thing`; a number makes it unique."""
@@ -276,6 +277,10 @@ class Notes:
         name += f" #{self.taken[name]}" if self.taken[name] > 1 else ""
         self.known[id(thing)] = (thing, name)
         return name
+
+
+def _digest(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def describe(thing, notes):
@@ -316,63 +321,27 @@ def describe(thing, notes):
     return _describe_function(thing, notes) if inspect.isroutine(thing) else _describe_object(thing, notes)
 
 
-def _describe_array(array, notes):
-    frozen = isinstance(array, torch.nn.Parameter) and not array.requires_grad
-    if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        array = (array.double() if array.is_floating_point() else array).numpy()  # NumPy knows no bfloat16
-    name = f"frozen {array.shape}" if frozen else f"array {array.shape}"
-    if array.dtype.kind == "O":
-        return [name, describe(array.tolist(), notes)]
-    if array.dtype.kind != "f":
-        array = array.astype(np.int64) if array.dtype.kind in "iu" else array  # Windows has other integers
-        return f"{name} {hashlib.sha256(array.tobytes()).hexdigest()[:12]}"
-    flat = array.astype(np.float64).ravel()
-    odd = int((~np.isfinite(flat)).sum())
-    flat = np.nan_to_num(flat, nan=0, posinf=0, neginf=0)
-    weights = np.cos(0.7 * np.arange(len(flat)) + 1)
-    notes.numbers.append([notes.label, float(np.abs(flat).sum()), float(flat @ weights)])
-    return f"{name}, {odd} not finite" if odd else name
+def _is_library(module):
+    """True for the name of a module of Python or of an installed package."""
+    root = module.partition(".")[0]
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    installed = "site-packages" in file or "dist-packages" in file
+    return root != "__main__" and (installed or root in sys.stdlib_module_names)
 
 
 #@title What a result depends on: source code without comments and layout { display-mode: "form" }
-def _describe_function(function, notes):
-    if isinstance(function, types.MethodType):
-        return [describe(function.__func__, notes), "of", describe(function.__self__, notes)]
-    while hasattr(function, "__wrapped__") and _library(function):  # torch.no_grad, lru_cache
-        function = function.__wrapped__
-    if _library(function):
-        return _library(function)
-    if id(function) in notes.known:
-        return notes.known[id(function)][1]
-    name = notes.name(function, function.__qualname__)  # known from here on, should it call itself
-    trees = _source_trees(function.__code__)
-    if not trees and os.path.exists(function.__code__.co_filename):
-        print(f"{name}: {function.__code__.co_filename} was changed after it was loaded. Restart the kernel, so that "
-              "the change takes effect.", flush=True)
-    source = [_canonical(tree) for tree in trees] or _compiled(function.__code__)
-    uses = _globals_used(function.__code__, function.__globals__)
-    uses.update(__defaults__=function.__defaults__, __kwdefaults__=function.__kwdefaults__)
-    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
-        with suppress(ValueError):  # a variable without a value yet
-            uses[f"nonlocal {variable}"] = cell.cell_contents
-    notes.code[name] = _digest([source, {key: describe(uses[key], notes) for key in sorted(uses)}])
-    return name
-
-
-def _digest(content):
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def _source_trees(code):
     """Syntax trees of a function: none where the source is not to be found or is not what runs."""
     linecache.checkcache(code.co_filename)
     trees, compiled = _functions_in("".join(linecache.getlines(code.co_filename)))
-    place = (code.co_firstlineno, code.co_name)
-    trees, compiled, this = trees.get(place, []), compiled.get(place, []), _compiled(code)
-    if this in compiled and 2 * len(trees) == len(compiled):  # several: lambdas of one line
-        return [trees[compiled.index(this) % len(trees)]]
-    return trees if this in compiled else []
+    this = _compiled(code)
+    places = [place for place, codes in compiled.items() if place[1] == code.co_name and this in codes]
+    if not places:
+        return []
+    place = min(places, key=lambda place: abs(place[0] - code.co_firstlineno))  # lines move when a file is edited
+    if 2 * len(trees[place]) == len(compiled[place]):  # several: lambdas of one line
+        return [trees[place][compiled[place].index(this) % len(trees[place])]]
+    return trees[place]
 
 
 @lru_cache(maxsize=256)
@@ -397,7 +366,15 @@ def _functions_in(text):
     return trees, compiled
 
 
-#@title What a result depends on: what code uses { display-mode: "form" }
+def _compiled(code):
+    """Bytecode with its names and constants, as nested lists."""
+    constants = []
+    for value in code.co_consts:
+        value = sorted(value, key=ascii) if isinstance(value, frozenset) else value
+        constants.append(_compiled(value) if isinstance(value, types.CodeType) else ascii(value))
+    return [code.co_code.hex(), list(code.co_names), list(code.co_freevars), constants]
+
+
 def _canonical(node):
     """A syntax tree as nested lists; nothing in it differs between Python 3.10 and 3.13."""
     if isinstance(node, list):
@@ -419,13 +396,38 @@ def _without_effect(statement):
     return text or isinstance(statement, ast.Pass) or isinstance(statement, ast.AnnAssign) and statement.value is None
 
 
-def _compiled(code):
-    """Bytecode with its names and constants, as nested lists."""
-    constants = []
-    for value in code.co_consts:
-        value = sorted(value, key=ascii) if isinstance(value, frozenset) else value
-        constants.append(_compiled(value) if isinstance(value, types.CodeType) else ascii(value))
-    return [code.co_code.hex(), list(code.co_names), list(code.co_freevars), constants]
+def _library(thing):
+    """package.name of a library's function or class; None for one of our own."""
+    module = getattr(thing, "__module__", None) or "builtins"
+    if isinstance(thing, types.FunctionType):
+        module = thing.__globals__.get("__name__", "__main__")  # functools.wraps copies __module__
+    elif not isinstance(thing, type):
+        module = module if _is_library(module) else "builtins"  # no Python function: there is no source
+    return f"{module.partition('.')[0]}.{thing.__qualname__}" if _is_library(module) else None
+
+
+#@title What a result depends on: what code uses { display-mode: "form" }
+def _describe_function(function, notes):
+    if isinstance(function, types.MethodType):
+        return [describe(function.__func__, notes), "of", describe(function.__self__, notes)]
+    while hasattr(function, "__wrapped__") and _library(function):  # torch.no_grad, lru_cache
+        function = function.__wrapped__
+    if _library(function):
+        return _library(function)
+    if id(function) in notes.known:
+        return notes.known[id(function)][1]
+    name = notes.name(function, function.__qualname__)  # known from here on, should it call itself
+    trees = _source_trees(function.__code__)
+    if not trees and os.path.exists(function.__code__.co_filename):
+        notes.outdated.append(f"{name} in {os.path.basename(function.__code__.co_filename)}")
+    source = [_canonical(tree) for tree in trees] or _compiled(function.__code__)
+    uses = _globals_used(function.__code__, function.__globals__)
+    uses.update(__defaults__=function.__defaults__, __kwdefaults__=function.__kwdefaults__)
+    for variable, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+        with suppress(ValueError):  # a variable without a value yet
+            uses[f"nonlocal {variable}"] = cell.cell_contents
+    notes.code[name] = _digest([source, {key: describe(uses[key], notes) for key in sorted(uses)}])
+    return name
 
 
 def _globals_used(code, space):
@@ -447,24 +449,6 @@ def _globals_used(code, space):
     return used
 
 
-def _is_library(module):
-    """True for the name of a module of Python or of an installed package."""
-    root = module.partition(".")[0]
-    file = getattr(sys.modules.get(root), "__file__", None) or ""
-    installed = "site-packages" in file or "dist-packages" in file
-    return root != "__main__" and (installed or root in sys.stdlib_module_names)
-
-
-def _library(thing):
-    """package.name of a library's function or class; None for one of our own."""
-    module = getattr(thing, "__module__", None) or "builtins"
-    if isinstance(thing, types.FunctionType):
-        module = thing.__globals__.get("__name__", "__main__")  # functools.wraps copies __module__
-    elif not isinstance(thing, type):
-        module = module if _is_library(module) else "builtins"  # no Python function: there is no source
-    return f"{module.partition('.')[0]}.{thing.__qualname__}" if _is_library(module) else None
-
-
 def _describe_class(cls, notes):
     if _library(cls):
         return _library(cls)
@@ -476,6 +460,25 @@ def _describe_class(cls, notes):
             content.append([key, describe(value, notes)])
     notes.code[name] = _digest(content)
     return name
+
+
+def _describe_array(array, notes):
+    frozen = isinstance(array, torch.nn.Parameter) and not array.requires_grad
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.double() if array.is_floating_point() else array).numpy()  # NumPy knows no bfloat16
+    name = f"frozen {array.shape}" if frozen else f"array {array.shape}"
+    if array.dtype.kind == "O":
+        return [name, describe(array.tolist(), notes)]
+    if array.dtype.kind != "f":
+        array = array.astype(np.int64) if array.dtype.kind in "iu" else array  # Windows has other integers
+        return f"{name} {hashlib.sha256(array.tobytes()).hexdigest()[:12]}"
+    flat = array.astype(np.float64).ravel()
+    odd = int((~np.isfinite(flat)).sum())
+    flat = np.nan_to_num(flat, nan=0, posinf=0, neginf=0)
+    weights = np.cos(0.7 * np.arange(len(flat)) + 1)
+    notes.numbers.append([notes.label, float(np.abs(flat).sum()), float(flat @ weights)])
+    return f"{name}, {odd} not finite" if odd else name
 
 
 # ---- Figures: colours, ECG paper, histograms and bars ----
@@ -696,9 +699,7 @@ def _download_once(url, server, part, timeout):
         with open(part, "ab" if have else "wb") as file:
             file.write(first)
             for block in progress(blocks, "download", total and (total - have) >> 20, "MiB"):
-                file.write(block)
-    if total is not None and part.stat().st_size != total:
-        raise requests.ConnectionError(f"connection cut at {part.stat().st_size:,} of {total:,} bytes")
+                file.write(block)  # urllib3 raises where fewer bytes come than the server announced
 
 
 #@title Data: safe extraction { display-mode: "form" }
@@ -760,7 +761,7 @@ def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
     Returns the path of `directory/codesubset`; its SYNTHETIC.txt marks the data as generated.
     """
     directory = Path(directory)
-    target, origin = directory / "codesubset", f"demo data, {n_train} + {n_test} exams, seed {seed}"
+    target, origin = directory / "codesubset", f"demo data of generator 2, {n_train} + {n_test} exams, seed {seed}"
     if folder := _ready_folder(target, origin):
         return folder
     print(f"Generating {n_train + n_test} synthetic ECGs ...", flush=True)
@@ -1603,6 +1604,9 @@ def describe_run(model, train_loader, valid_loader, optimizer, scheduler, loss_f
         notes.label = "starting weights" if part is model else name
         description[name] = describe(part, notes)
     description["code"] = notes.code
+    if notes.outdated:
+        print(f"Changed after it was loaded: {first_ten(notes.outdated)}. Restart the kernel, so that the change takes "
+              "effect.", flush=True)
     return description, notes.numbers
 
 

@@ -75,6 +75,15 @@ def test_json_is_finite_and_whole(tmp_path):
     assert json.loads(path.read_text())["auroc"] is None and os.listdir(path.parent) == ["results.json"]
 
 
+def test_requirements_name_every_package():
+    """What the module imports and Python does not bring stands in requirements.txt."""
+    folder = Path(helpers.__file__).parent
+    imported = re.findall(r"^(?:import|from) (\w+)", Path(helpers.__file__).read_text(), re.M)
+    required = re.findall(r"^[\w-]+", (folder / "requirements.txt").read_text(encoding="utf-8"), re.M)
+    names = {"sklearn": "scikit-learn", "ecg_plot": "ecg-plot"}
+    assert {names.get(name, name) for name in imported if name not in sys.stdlib_module_names} <= set(required)
+
+
 def test_parts_are_unique_and_debris_goes(tmp_path):
     """Two writers of one file never share a part; parts of living processes stay, those of killed ones go."""
     target = tmp_path / "x[1].h5"

@@ -421,6 +421,15 @@ def test_build(records, tmp_path, monkeypatch, workers, method):
     assert os.listdir(target.parent) == ["train.h5"]
 
 
+def test_one_exam(tmp_path):
+    """A set of one exam, with more workers asked for than it has exams."""
+    records_file = write_records(tmp_path / "data", 1)
+    expected = helpers.preprocess_ecg(*helpers.read_ecg(tmp_path / "data" / "TNMG0")).T.astype(np.float32)
+    for workers in (None, 4):
+        target = helpers.build_h5(records_file, tmp_path / f"{workers}.h5", workers=workers)
+        np.testing.assert_array_equal(tracings(target), expected[None])
+
+
 def test_portions(demo_folder, demo_h5, tmp_path, capsys):
     """48 exams in six portions, the last one short: every exam in its place."""
     target = helpers.build_h5(demo_folder / "train" / "RECORDS.txt", tmp_path / "train.h5", workers=5)

@@ -292,9 +292,11 @@ def test_a_file_that_changed_after_it_was_loaded_is_named(tmp_path, monkeypatch)
     file.write_text("def change(x):\n    return x * 1.1\n")
     import own_augmentation
     first = train(tmp_path / "run", augment=own_augmentation.change)
+    file.write_text("# a line above\n\n\ndef change(x):\n    return x * 1.1\n")
+    assert train(tmp_path / "run", augment=own_augmentation.change).said.count("\n") == 1, "only moved"
     file.write_text("def change(x):\n    return x * 1.2  # longer\n")
     stale = train(tmp_path / "run", augment=own_augmentation.change)
-    assert "own_augmentation.py was changed after it was loaded. Restart" in stale.said
+    assert "Changed after it was loaded: change in own_augmentation.py. Restart the kernel" in stale.said
     importlib.reload(own_augmentation)
     fresh = train(tmp_path / "run", augment=own_augmentation.change)
     assert "Restart" not in fresh.said and trained(fresh) == [1]
@@ -331,6 +333,11 @@ def edited_module(folder, *edits):
     return module
 
 
+@pytest.fixture(scope="module")
+def copied_module(tmp_path_factory):
+    return edited_module(tmp_path_factory.mktemp("copy") / "module")
+
+
 @pytest.mark.parametrize("what, old, new, other", [
     ("train_loop", "loss_sum += loss.detach() * len(targets)", "loss_sum += 2 * loss.detach() * len(targets)", True),
     ("eval_loop", "logits = model(traces).float()", "logits = 2 * model(traces).float()", True),
@@ -340,11 +347,11 @@ def edited_module(folder, *edits):
     ("printing", "  AUROC {history[", "  auroc {history[", False),
     ("preprocessing", "def preprocess_ecg(signal, ", "def preprocess_ecg(signal_in_mv, ", False),
 ])
-def test_an_edit_of_the_loops_is_another_run(tmp_path, what, old, new, other):
+def test_an_edit_of_the_loops_is_another_run(tmp_path, copied_module, what, old, new, other):
     """A copy of the module that lies elsewhere is the same run, an edited one is another."""
-    original, edited = edited_module(tmp_path / "a"), edited_module(tmp_path / "b", (old, new))
+    edited = edited_module(tmp_path / "module", (old, new))
     train(tmp_path / "run")
-    assert not trained(train(tmp_path / "run", fit=original.fit))
+    assert not trained(train(tmp_path / "run", fit=copied_module.fit))
     run = train(tmp_path / "run", fit=edited.fit)
     assert bool(trained(run)) == other
     assert not other or f"code of {what}" in run.said
