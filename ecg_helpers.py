@@ -355,7 +355,8 @@ def _functions_in(text):
         waiting = [compile(unit, "", "exec", dont_inherit=True) for unit in units]
     except (SyntaxError, ValueError):
         return trees, compiled
-    functions = [node for node in ast.walk(whole) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    functions = [node for node in ast.walk(whole) if isinstance(node, kinds)]
     for node in sorted(functions, key=lambda node: (node.lineno, node.col_offset)):
         line = min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
         trees.setdefault((line, getattr(node, "name", "<lambda>")), []).append(node)
@@ -1750,15 +1751,17 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
                                              augment, fixed))
     parts = _stateful_parts(model, optimizer, scheduler, ema_decay, amp_dtype)
     loaded = None if overwrite else load_checkpoint(folder, parts, device)
-    history, best = loaded or ({key: [] for key in ("epoch", "lr", "train_loss", "valid_loss", *METRICS, "seconds")}, None)
+    columns = ("epoch", "lr", "train_loss", "valid_loss", *METRICS, "seconds")
+    history, best = loaded or ({column: [] for column in columns}, None)
     for i in range(len(history["epoch"])):
         print(f"{epoch_line(history, i, epochs, select)}  (loaded)", flush=True)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for epoch in range(len(history["epoch"]) + 1, epochs + 1):
                 torch.manual_seed(1_000_003 * seed + epoch)
-                row, probability = _one_epoch(epoch, parts, train_loader, valid_loader, loss_function, device,
-                                              augment=augment, max_norm=max_norm, amp_dtype=amp_dtype, prevalence=prevalence)
+                row, probability = _one_epoch(
+                    epoch, parts, train_loader, valid_loader, loss_function, device, augment=augment,
+                    max_norm=max_norm, amp_dtype=amp_dtype, prevalence=prevalence)
                 for key, value in row.items():
                     history[key].append(value)
                 if best_epoch(history, select) == epoch - 1:

@@ -179,5 +179,6 @@ def test_tracings_that_do_not_fit_are_mapped_and_give_the_same_batches(demo_h5, 
         assert torch.equal(a, b) and b.is_contiguous()
     mapped[0] = 0.0  # stays in memory
     assert demo_h5.read_bytes() == before
-    loaders = [helpers.BatchLoader(traces, order, order, 7) for traces in (in_memory, helpers.load_tracings(demo_h5, max_bytes=1))]
+    again = helpers.load_tracings(demo_h5, max_bytes=1)
+    loaders = [helpers.BatchLoader(traces, order, order, 7) for traces in (in_memory, again)]
     assert len({json.dumps(helpers.describe(loader, helpers.Notes())) for loader in loaders}) == 1, "another run"

@@ -401,12 +401,15 @@ SETTINGS = {  # (first, second, what the message names)
     "epochs": ({"epochs": 3}, {"epochs": 1}, "epochs (1 instead of 3)"),
     "learning rate": ({}, {"lr": 0.03}, "optimiser group 1 lr (0.03 instead of 0.02)"),
     "optimiser": ({}, {"optimizer": OPTIM.Adam}, "optimiser"),
-    "weight decay": ({}, {"optimizer": functools.partial(OPTIM.AdamW, weight_decay=0.1)}, "weight_decay (0.1 instead of 0.01)"),
+    "weight decay": ({}, {"optimizer": functools.partial(OPTIM.AdamW, weight_decay=0.1)},
+                     "weight_decay (0.1 instead of 0.01)"),
     "groups of parameters": (
         {"optimizer": lambda p, lr: OPTIM.SGD([{"params": [w], "lr": 0.01 * (w.ndim == 2)} for w in p], lr)},
-        {"optimizer": lambda p, lr: OPTIM.SGD([{"params": [w], "lr": 0.01 * (w.ndim == 1)} for w in p], lr)}, "optimiser"),
+        {"optimizer": lambda p, lr: OPTIM.SGD([{"params": [w], "lr": 0.01 * (w.ndim == 1)} for w in p], lr)},
+        "optimiser"),
     "schedule": ({}, {"schedule": None}, "schedule"),
-    "its patience": ({}, {"schedule": lambda o: SCHEDULES.ReduceLROnPlateau(o, patience=3)}, "schedule patience (3 instead of 10)"),
+    "its patience": ({}, {"schedule": lambda o: SCHEDULES.ReduceLROnPlateau(o, patience=3)},
+                     "schedule patience (3 instead of 10)"),
     "its smallest rate": ({}, {"schedule": lambda o: SCHEDULES.ReduceLROnPlateau(o, min_lr=0.01)}, "schedule min_lrs"),
     "average": ({}, {"ema_decay": 0.5}, "ema_decay (0.5 instead of None)"),
     "criterion": ({}, {"select": "auroc"}, "select (auroc instead of valid_loss)"),
@@ -422,8 +425,10 @@ def test_other_data_and_settings_are_another_run(tmp_path, what):
 
 SCHEDULE_PAIRS = {
     "OneCycleLR, rate": [lambda o, rate=rate: SCHEDULES.OneCycleLR(o, rate, total_steps=99) for rate in (0.05, 0.5)],
-    "OneCycleLR, rise": [lambda o, part=part: SCHEDULES.OneCycleLR(o, 0.1, total_steps=99, pct_start=part) for part in (0.2, 0.3)],
-    "OneCycleLR, shape": [lambda o, by=by: SCHEDULES.OneCycleLR(o, 0.1, total_steps=99, anneal_strategy=by) for by in ("cos", "linear")],
+    "OneCycleLR, rise": [
+        lambda o, rise=rise: SCHEDULES.OneCycleLR(o, 0.1, total_steps=99, pct_start=rise) for rise in (0.2, 0.3)],
+    "OneCycleLR, shape": [
+        lambda o, by=by: SCHEDULES.OneCycleLR(o, 0.1, total_steps=99, anneal_strategy=by) for by in ("cos", "linear")],
     "MultiStepLR": [lambda o, steps=steps: SCHEDULES.MultiStepLR(o, steps) for steps in ([1, 3], [2])],
     "ExponentialLR": [lambda o, gamma=gamma: SCHEDULES.ExponentialLR(o, gamma) for gamma in (0.9, 0.5)],
     "CosineAnnealingLR": [lambda o, n=n: SCHEDULES.CosineAnnealingLR(o, n) for n in (4, 8)],
@@ -559,7 +564,8 @@ def test_a_notebook_in_another_process_finds_the_run(tmp_path, capsys):
     """Classes and functions of notebook cells; a cell edited and edited back. Then the same cells in IPython."""
     pytest.importorskip("IPython")
     old, new, _ = EDITS["pooling"]
-    session = [f"RUN = {str(tmp_path / 'run')!r}", CELLS, TRAIN_CELL, CELLS.replace(old, new), "run()", "1 + 1", CELLS, "run()"]
+    session = [f"RUN = {str(tmp_path / 'run')!r}", CELLS, TRAIN_CELL, CELLS.replace(old, new), "run()", "1 + 1", CELLS,
+               "run()"]
     load_cells(*session)
     assert is_trained(capsys.readouterr().out) == [True, True, False]
     (tmp_path / "cells.json").write_text(json.dumps(session))
