@@ -1767,7 +1767,7 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
                 if best_epoch(history, select) == epoch - 1:
                     best = _weights(_validated(parts))
                 print(epoch_line(history, epoch - 1, epochs, select), flush=True)
-                hint_at_sigmoid(probability, epoch, epochs)
+                hint_at_sigmoid(probability)
                 states = {name: part.state_dict() for name, part in parts.items()}
                 save_checkpoint(folder, {"history": history, "best": best, **states})
     except KeyboardInterrupt:
@@ -1851,10 +1851,14 @@ def epoch_line(history, i, epochs, select):
 
 
 # ---- Run training: hints where something is wrong ----
-def hint_at_sigmoid(probability, epoch, epochs):
-    """Say so where all logits lie between 0 and 1, which logits hardly do by chance."""
-    low, high = float(probability.min()), float(probability.max())
-    if 0.5 <= low and high <= 0.7311 and (epoch == epochs or high - low > 0.05):
+def hint_at_sigmoid(probability):
+    """Say so where the logits look like probabilities: all between 0 and 1, and either about 0.5 or far apart.
+
+    A network that has hardly learned has logits in a narrow range about 0, which are no reason to worry.
+    """
+    logits = np.log(probability / (1 - probability)) if 0 < probability.min() and probability.max() < 1 else [np.inf]
+    low, middle, high = np.quantile(logits, [0, 0.5, 1])
+    if 0 <= low and high <= 1 and (0.3 < middle < 0.7 or high - low > 0.6):
         print("All logits lie between 0 and 1: is there a sigmoid in the model? Return the plain logits.", flush=True)
 
 
