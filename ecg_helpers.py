@@ -542,8 +542,8 @@ def fetch_codesubset(source="course", directory="."):
     target = directory / "codesubset"
     if source not in ("course", "demo") and path.is_dir():
         folder = path / "codesubset" if (path / "codesubset").is_dir() else path
-        if missing := _missing_parts(folder):
-            raise FileNotFoundError(f"{folder} is no codesubset folder: {first_ten(missing)} missing.")
+        if missing := _missing_parts(folder) or _missing_files(folder):
+            raise FileNotFoundError(f"{folder} is no whole codesubset folder: {first_ten(missing)} missing.")
         return _announce(folder, "folder used as it is")
     if source not in ("course", "demo") and not path.is_file():
         raise FileNotFoundError(f"ECG_DATA: {source} does not exist. Give 'course', 'demo' or the path of a "
@@ -784,7 +784,7 @@ def _write_demo_split(rng, folder, n, af_share, first_id):
     ids = rng.permutation(first_id + np.arange(n))  # record order is not the table's order
     label = rng.permutation(np.arange(n) < round(af_share * n)).astype(int)
     af = label.copy()  # the true rhythm
-    for value in (0, 1):  # as many wrong labels in either direction keep the share of AF exact
+    for value in (0, 1):  # as many wrong labels in either direction keep the prevalence exact
         wrong = rng.permutation(np.flatnonzero(label == value))[:3 * n // 200]
         af[wrong] = 1 - value
     kind = np.zeros(n)  # a number between 0 and 1 that chooses the rhythm; evenly spread in either class
@@ -1575,11 +1575,12 @@ def _describe_object(thing, notes):
 
 
 def _settings_of(thing):
-    """What an object's work depends on. None and False count as missing: libraries bring new switches, which are off."""
+    """What an object's work depends on. None and False count as missing: new switches of libraries are off."""
     kept = dict(getattr(thing, "__dict__", {}))
     if isinstance(thing, torch.nn.Module):
         kept = {key: value for key, value in kept.items() if key not in _OF_EVERY_MODULE}
-        kept.update([*thing.named_children(), *thing.named_parameters(recurse=False), *thing.named_buffers(recurse=False)])
+        kept.update([*thing.named_children(), *thing.named_parameters(recurse=False),
+                     *thing.named_buffers(recurse=False)])
     elif isinstance(thing, torch.optim.Optimizer):
         groups = [{key: value for key, value in group.items() if key not in _FOR_SPEED} for group in thing.param_groups]
         kept = {f"group {i}": _switched_on(group) for i, group in enumerate(groups, 1)}
@@ -1619,7 +1620,9 @@ def open_run(run_dir, description, numbers):
     for path in earlier:
         if path.parent.name.startswith(digest) and _same_numbers(_read_description(path)["numbers"], numbers):
             fitting = path.parent
-    if fitting is None:
+    if fitting is not None:
+        os.utime(fitting / "description.json")  # the newest from now on: the next edit is compared with it
+    else:
         taken = len(list(run_dir.glob(f"{digest}*")))
         fitting = run_dir / (f"{digest}-{taken + 1}" if taken else digest)
         if earlier:
@@ -2115,7 +2118,7 @@ def score_interval(result, score):
 
 
 def threshold_interval(truth, logits, patients, rounds=300, seed=42):
-    """95 % interval of the operating point of `balanced_threshold`, fitted anew in each draw of patients."""
+    """95 % interval of the operating point of `balanced_threshold`, refitted in each draw of patients."""
     fits, truth, logits = [], np.asarray(truth), np.asarray(logits)
     for weights in patient_draws(patients, rounds, seed):
         for times in weights:
@@ -2631,7 +2634,7 @@ def submit(team_id, password, prediction, note, host=DEFAULT_HOST, *, n_exams=No
     password, host = Secret(password or ""), Secret(host or "")
     team_id = check_identity(team_id, password, host, demo)
     check_note(note)
-    table = _check_prediction(prediction, n_exams, af_probability, allow_one_sided)
+    table = check_prediction(prediction, n_exams, af_probability, allow_one_sided)
     now = datetime.now(timezone.utc)
     saved = {"time": now.isoformat(timespec="seconds"), "host": host, "team": team_id, "experiment": experiment,
              "note": note, "metrics": metrics or {}, "digest": _prediction_digest(table),
@@ -2675,9 +2678,14 @@ def accepted_days(sent, team_id, host):
 
 
 def accepted_submission(prediction, host, team_id, directory="submissions"):
-    """The row of `sent_submissions` (a dict) in which the server accepted just this prediction, or None."""
-    same = _accepted(sent_submissions(directory), team_id, host)
-    same = same[same["digest"] == _prediction_digest(prediction)]
+    """The row of `sent_submissions` (a dict) in which the server accepted just this prediction, or None.
+
+    One that a later one of the same day replaced does not count: it got no score and may be sent again.
+    """
+    accepted = _accepted(sent_submissions(directory), team_id, host)
+    after = accepted.shift(-1)
+    replaced = (after["day"] == accepted["day"]) & (after["status"] == 200)
+    same = accepted[~replaced & (accepted["digest"] == _prediction_digest(prediction))]
     return same.iloc[-1].to_dict() if len(same) else None
 
 
@@ -2700,7 +2708,8 @@ def published_scores(team_id, host=DEFAULT_HOST):
             for row in re.findall(r"\{\s*(team:\s*'[^']*'(?:,\s*\w+:\s*'[^']*')*),?\s*\}", page)]
     table = pd.DataFrame(rows, columns=list(fields)).rename(columns=fields)
     table = table[table["team"] == team_id].drop(columns="team").reset_index(drop=True)
-    return table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in ("accuracy", "f1", "auc", "ap")})
+    scores = ("accuracy", "f1", "auc", "ap")
+    return table.assign(**{name: pd.to_numeric(table[name], errors="coerce") for name in scores})
 
 
 def leaderboard_password():
@@ -2723,7 +2732,8 @@ def leaderboard_password():
 
 
 #@title Leaderboard: what is refused before anything is sent { display-mode: "form" }
-def _check_prediction(prediction, n_exams, af_probability, allow_one_sided):
+def check_prediction(prediction, n_exams=None, af_probability=None, allow_one_sided=False):
+    """The prediction as an array (exams, 2); ValueError for what `submit` refuses before anything is sent."""
     try:
         table = np.asarray(prediction, dtype=np.float64)
     except (TypeError, ValueError) as error:

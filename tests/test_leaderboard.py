@@ -630,6 +630,18 @@ def test_the_same_prediction_is_found_once_it_was_accepted(send, known, folder):
     assert len(known.received) == 6  # nothing of this asks the server
 
 
+def test_a_replaced_prediction_may_be_sent_again(send, known, folder):
+    """A, then B on the same day: only B gets a score, so A counts as not accepted; on the next day both stand."""
+    def found(prediction):
+        return helpers.accepted_submission(prediction, known.host, TEAM, folder)
+    other = columns(AF * 0.99)
+    assert send().status_code == 201 and send(prediction=other).status_code == 200
+    assert found(PREDICTION) is None and found(other)["status"] == 200
+    known.next_day()
+    assert send().status_code == 201
+    assert found(PREDICTION) and found(other), "nothing of the day before is replaced"
+
+
 def test_days_are_counted_by_what_was_accepted(folder, send, known):
     """A retried request gets 200 although it was the day's first: distinct days count, with 200 or 201."""
     sent = helpers.sent_submissions(folder)

@@ -27,7 +27,7 @@ def sample(seed, n=60, share=0.3, decimals=2):
 # classification_metrics
 # ------------------------------------------------------------------------------------------------
 def test_metrics_by_hand():
-    # called AF: 0.8, 0.6; order from the highest: AF, no AF, AF, no AF, no AF
+    # predicted AF: 0.8, 0.6; order from the highest: AF, no AF, AF, no AF, no AF
     found = helpers.classification_metrics([0, 0, 1, 1, 0], [0.1, 0.6, 0.4, 0.8, 0.2])
     assert found == pytest.approx({
         "accuracy": 3 / 5, "f1": 1 / 2, "precision": 1 / 2, "recall": 1 / 2, "specificity": 2 / 3,

@@ -88,7 +88,7 @@ class FirstSample(torch.nn.Module):
 
 
 class Stop(BaseException):
-    """Ends a training where it stands, as a kill does."""
+    """Ends a training run where it stands, as a kill does."""
 
 
 def noise(traces):

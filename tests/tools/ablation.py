@@ -4,12 +4,12 @@
                                    [--folds 0 1 2 3 4] [--seeds 42 43 44] [--disturbed]
 
 PATH: a codesubset/ folder or an archive of one; only its training exams are used. Networks, `train_model` and
-the recipes are read from the notebook, so an edit there is measured here. Each variant is trained on four
-fifths of the patients and scored on the fifth; AP and F1 are reweighted to 50 % prevalence. F1 is at the
-threshold that the *other* folds' out-of-fold logits (of the same seed) give, so no exam takes part in its own
-decision. The last column compares fold by fold and seed by seed with the final network, where both were
-trained. Finished runs are kept in FOLDER and loaded as long as code and recipe are the same, so the table can
-be completed in several sittings.
+the training recipes are read from the notebook, so an edit there is measured here. Each variant is trained on
+four fifths of the patients and scored on the fifth; AP and F1 are reweighted to 50 % prevalence. F1 is at the
+threshold that the *other* folds' out-of-fold logits (of the same seed) give, so no exam takes part in the choice
+of its own operating point. The last column compares fold by fold and seed by seed with the final network, where
+both were trained. Finished runs are kept in FOLDER and loaded as long as code and settings are the same, so the
+table can be completed in several sittings.
 
 --disturbed adds a second table: the finished variants on the same held-out exams with artefacts as other
 recorders and restless patients would give them, at the operating point of the undisturbed exams.
@@ -178,7 +178,7 @@ def result_file(work, variant, k, seed):
 
 
 def train_all(options, choices, data):
-    """Train what is asked for; `fit` loads what is trained already with the same code and recipe."""
+    """Train what is asked for; `fit` loads what is trained already with the same code and settings."""
     for variant, seed, k in product(options.variants, options.seeds, options.folds):
         print(f"--- {variant}, fold {k}, seed {seed}", flush=True)
         build, settings = choices[variant]

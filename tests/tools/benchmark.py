@@ -1,4 +1,4 @@
-"""What a student waits for (preprocessing, training, predicting), each against the original solution's way.
+"""What a student waits for (preprocessing, training, predicting), each against the course's original solution.
 
     python tests/tools/benchmark.py [--parts preprocessing training predicting memory]
     python tests/tools/benchmark.py --real PATH [--pass-mark [--seeds 42 43 44]]
@@ -6,11 +6,11 @@
     python tests/tools/benchmark.py --parts --course-size
 
 Without --real the ECGs are generated here. PATH: a codesubset/ folder or an archive of one, of which the
-first --exams training exams are used. The original ways are written again below: wfdb and filter design for
-each record, one after the other, into float64 HDF5; float64 loaded, then converted; a DataLoader that
+first --exams training exams are used. The reference implementations are written again below: wfdb and filter
+design for each record, one after the other, into float64 HDF5; float64 loaded, then converted; a DataLoader that
 collates exam by exam; a loop that waits for the device each batch. Ours and the original take turns in each
 repetition, so that a drifting machine hits both; figures are medians over the repetitions, the ratio (ours /
-original) is the median of the pairs' ratios. Networks and recipes are the notebook's.
+original) is the median of the pairs' ratios. Networks and training recipes are the notebook's.
 
 --pass-mark (minutes to hours): seconds of training until the validation AUROC is 0.97, for the final network,
 the four-convolution network and the quarter-width network of Ribeiro et al.; one training run per seed, no
@@ -57,10 +57,10 @@ LINUX = Path("/proc/self/smaps_rollup").exists()  # memory is read there
 MIB_PER_EXAM = ecg.N_SAMPLES * len(ecg.LEADS) * 4 / 2**20  # as float32: 0.125
 PASS_MARK = 0.97  # validation AUROC
 NETWORKS = {"four_conv": "Model", "exp2_resnet": "AFNet"}  # run of the notebook -> its class
-HEADER = "| quantity | ours | original way | ratio | bar |\n|---|---|---|---|---|"
+HEADER = "| quantity | ours | original solution | ratio | bar |\n|---|---|---|---|---|"
 
 
-# ---- The original ways ---------------------------------------------------------------------------
+# ---- The original solution -----------------------------------------------------------------------
 def original_exam(path):
     """Read and preprocess one record as the public scripts do, (4096, 8) float64."""
     record = wfdb.rdrecord(str(path))
@@ -192,7 +192,7 @@ def child(name, *arguments):
     print(json.dumps({"result": result if isinstance(result, (dict, float)) else None, "peak": peak}))
 
 
-# ---- The notebook's recipes ----------------------------------------------------------------------
+# ---- The notebook's settings ---------------------------------------------------------------------
 class Captured(Exception):
     """What the notebook's `train_model` hands to `fit`: model, training batches, validation batches,
     keywords.
@@ -337,7 +337,7 @@ def training(records, folder, options, device):
     y = ecg.load_labels(records.parents[1] / "train.csv", records)["AF"].to_numpy()
     size = (
         (options.train_exams or (8192 if cuda else 256)) // 32 * 32
-    )  # whole batches only, so both loops see the same
+    )  # whole batches only, so both loops get the same
     order = torch.randint(len(y), (size,), generator=torch.Generator().manual_seed(0)).numpy()
     original, here = (
         original_loader(traces, y, order),
@@ -772,7 +772,7 @@ def describe_machine(options, device):
 
 
 def print_rows(options, folder, device):
-    """The table against the original ways, part by part."""
+    """The table against the original solution, part by part."""
     with redirect_stdout(sys.stderr):
         if options.real:
             source = ecg.fetch_codesubset(options.real, folder)

@@ -30,7 +30,7 @@ HEADER = """\
 
 
 def test_probabilities(name, row, work):
-    """Probability of AF of each test exam, decided at 0.5; None where the run left neither file nor known
+    """Probability of AF of each test exam, operating point 0.5; None where the run left neither file nor known
     weights.
     """
     file = work / "predictions" / f"{name}.json"
@@ -84,7 +84,7 @@ def table_line(name, row, y, p, patients, rounds):
 
 
 def estimated_prevalences(y, p, rounds=200, seed=0):
-    """What the label-shift estimate finds in these exams drawn anew: true prevalence -> 2.5, 50, 97.5 %
+    """What the label-shift estimate finds in these exams, resampled: true prevalence -> 2.5, 50, 97.5 %
     quantiles.
     """
     rng = np.random.default_rng(seed)
@@ -127,7 +127,7 @@ def main():
     if p is None:
         return
     print(
-        "\nPrevalence estimated from the predictions of exp3_ensemble, test exams drawn anew (200 times) at "
+        "\nPrevalence estimated from the predictions of exp3_ensemble, test exams resampled (200 times) at "
         "known prevalences:\n\n| true prevalence | estimate: median (95 % of the draws) |\n|---|---|"
     )
     for prevalence, (low, middle, high) in estimated_prevalences(y, p).items():
