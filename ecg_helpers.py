@@ -157,6 +157,7 @@ def lock_folder(folder):
     """Take the lock of a folder: one run at a time writes into it. Returns the lock; keep it while you write.
 
     The operating system opens it when the process ends, however it ends. RuntimeError: another process holds it.
+    PermissionError: the folder cannot be written to.
     """
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,6 +168,8 @@ def lock_folder(folder):
         raise RuntimeError(f"{folder} is in use by another run of this notebook: wait until it has ended, shut its "
                            "kernel down, or choose another ECG_WORK.") from None
     except (NotImplementedError, OSError) as error:  # some network drives know no locks
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written to: choose another ECG_WORK.") from None
         print(f"{folder} cannot be locked ({error}): take care that only one run uses it.", flush=True)
     return lock
 
@@ -1859,8 +1862,9 @@ def hint_at_sigmoid(probability):
 
     A network that has hardly learned has logits in a narrow range about 0, which are no reason to worry.
     """
-    logits = np.log(probability / (1 - probability)) if 0 < probability.min() and probability.max() < 1 else [np.inf]
-    low, middle, high = np.quantile(logits, [0, 0.5, 1])
+    if probability.min() <= 0 or probability.max() >= 1:
+        return  # the logit of such a probability lies far outside
+    low, middle, high = np.quantile(np.log(probability / (1 - probability)), [0, 0.5, 1])
     if 0 <= low and high <= 1 and (0.3 < middle < 0.7 or high - low > 0.6):
         print("All logits lie between 0 and 1: is there a sigmoid in the model? Return the plain logits.", flush=True)
 
@@ -1922,6 +1926,8 @@ def make_scheduler(optimizer, schedule, lr, steps):
 
 def make_optimizer(optimizer, model, device, **settings):
     """An optimiser from its class or a function; `fused`, faster on CUDA, where it takes that setting."""
+    if not callable(optimizer):
+        raise ValueError(f"optimizer={optimizer!r} is not known: it is a class such as torch.optim.AdamW, or a function")
     if torch.device(device).type == "cuda" and "fused" in inspect.signature(optimizer).parameters:
         settings["fused"] = True
     return optimizer(model.parameters(), **settings)

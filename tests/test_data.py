@@ -16,7 +16,7 @@ import sys
 import tarfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -123,6 +123,18 @@ def test_one_run_at_a_time(tmp_path, demo_folder):
         process.join(30)
         with helpers.lock_folder(tmp_path / "work"), helpers.lock_folder(tmp_path / "other"):
             pass
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_folder_that_cannot_be_written_to_is_refused_at_once(tmp_path, monkeypatch, capsys, writable):
+    """No lock file can be made: without permission that is the end, on a drive without locks a remark."""
+    def refuse(lock, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(helpers.filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(helpers.os, "access", lambda path, mode: writable)
+    with nullcontext() if writable else pytest.raises(PermissionError, match="choose another ECG_WORK"):
+        helpers.lock_folder(tmp_path)
+    assert ("cannot be locked" in capsys.readouterr().out) == writable
 
 
 def test_folder_belongs_to_its_data(tmp_path):
@@ -274,9 +286,11 @@ def test_fetch_folder(small, tmp_path, as_parent):
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("missing", ["train.csv", "train/RECORDS.txt", "test/RECORDS.txt"])
+@pytest.mark.parametrize("missing", ["train.csv", "train/RECORDS.txt", "test/RECORDS.txt", "a .dat", "a .hea"])
 def test_folder_that_is_no_codesubset(small, tmp_path, missing):
-    """The part that is missing is named."""
+    """The part that is missing is named, before anything is noted about these data."""
+    if missing.startswith("a "):
+        missing = f"train/{helpers.read_records(small / 'train' / 'RECORDS.txt')[-1]}{missing[2:]}"
     folder = shutil.copytree(small, tmp_path / "data")
     (folder / missing).unlink()
     with pytest.raises((FileNotFoundError, ValueError), match=missing):

@@ -6,6 +6,7 @@ most of the time.
 """
 import copy
 import io
+import itertools
 import json
 import os
 import re
@@ -170,7 +171,7 @@ def test_demo_run_writes_into_its_folder_only(demo_work):
     work = demo_work.parent
     assert names(work.parent) == {"home", "temp", "my work"}
     assert names(work) - {".lock"} == {"demo"}
-    assert names(demo_work) - {"submissions"} == {"codesubset", "test_labels.csv", "runs", "predictions", "results.json",
+    assert names(demo_work) - {".lock", "submissions"} == {"codesubset", "test_labels.csv", "runs", "predictions", "results.json",
                                                   "data.json"}
     assert names(work.parent / "home") <= {".ipython", ".jupyter", ".cache", ".config", ".local", ".matplotlib"}
     assert not list(work.rglob("*.part"))
@@ -210,11 +211,12 @@ def test_demo_run_finds_af(demo_kernel, demo_work):
 
 
 def test_demo_run_says_that_the_data_are_synthetic(demo_run):
-    """A banner stands before the first figure."""
+    """A banner comes before the first figure."""
     text = "\n".join(map(shown, demo_run))
     assert "⚠️ **DEMO DATA" in text and "nothing was sent" in text and "not yet published" in text
-    banner = next(i for i, cell in enumerate(demo_run) if "DEMO DATA" in shown(cell))
-    assert banner < next(i for i, cell in enumerate(demo_run) if pictures(cell))
+    outputs = [output for cell in demo_run for output in cell.get("outputs", [])]
+    banner = next(i for i, output in enumerate(outputs) if "DEMO DATA" in output.get("data", {}).get("text/markdown", ""))
+    assert banner < next(i for i, output in enumerate(outputs) if "image/png" in output.get("data", {}))
 
 
 def test_demo_run_draws_its_figures(demo_run):
@@ -244,12 +246,15 @@ def assert_no_warnings(cells):
 
 
 def test_demo_run_shows_every_self_check(demo_run):
-    """A self-check follows each coding task; the cell after its announcement prints what it checked."""
-    announced = [i for i, cell in enumerate(demo_run) if cell.cell_type == "markdown" and "**Self-check" in cell.source]
-    tasks = "".join(re.search(r"\*\*Self-check[^*]*\*\*", demo_run[i].source)[0] for i in announced)
+    """A self-check follows each coding task; the code below its announcement prints what it checked."""
+    tasks = ""
+    for i, cell in enumerate(demo_run):
+        announced = re.search(r"\*\*self-check[^*]*\*\*", cell.source, flags=re.IGNORECASE) if cell.cell_type == "markdown" else None
+        if announced:
+            tasks += announced[0]
+            below = itertools.takewhile(lambda cell: cell.cell_type == "code", demo_run[i + 1:])
+            assert re.search(r"\w{3}", "".join(map(shown, below))), f"shows nothing: {announced[0]}"
     assert set(re.findall(r"\d", tasks)) == set("1234567"), f"not every task has one: {tasks}"
-    for i in announced:
-        assert shown(demo_run[i + 1]).strip(), demo_run[i + 1].source[:200]
 
 
 def test_demo_run_has_no_nan_in_its_sentences(demo_run):
@@ -260,9 +265,8 @@ def test_demo_run_has_no_nan_in_its_sentences(demo_run):
 
 # ---- Rehearsal: submissions on several days ------------------------------------------------------
 def submit(run, **settings):
-    """What a student does on another day: other settings, then the cells from Model Testing on; what they show."""
-    text = run.settings(**settings)
-    return text + run.run(run.find("## Model Testing", "markdown"))
+    """What a student does on another day: other settings, then the cells from the submission on; what they show."""
+    return run.settings(**settings) + run.run("def submit_experiment")
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +280,8 @@ def rehearsal(demo_kernel, demo_work):
         here = {"LEADERBOARD_HOST": server.host, "LEADERBOARD_TEAM": " group_7 ", "LEADERBOARD_PASSWORD": PASSWORD}
         run.settings(ECG_OWN="1")
         run.run_cell('register("my_experiment"')
-        seen["first"] = submit(run, LEADERBOARD_SUBMIT="exp1_long_cnn", **here)
+        run.settings(LEADERBOARD_SUBMIT="exp1_long_cnn", **here)
+        seen["first"] = run.run(run.find("## Model Testing", "markdown"))  # notes, now with the team
         server.day = 2
         seen["same again"] = submit(run)
         seen["second"] = submit(run, LEADERBOARD_SUBMIT="exp2_resnet")
@@ -350,11 +355,17 @@ def test_rehearsal_leaves_no_password_behind(rehearsal, demo_work):
 
 
 # ---- The workbench: edit, run, undo, run ---------------------------------------------------------
+def run_below(run, text):
+    """Run this cell and those below; only the comparison and evaluation of the models, which train nothing, are left out."""
+    middle, testing = run.find("## All models side by side", "markdown"), run.find("## Model Testing", "markdown")
+    return run.run(text, middle) + run.run(testing)
+
+
 @pytest.fixture(scope="module")
 def workbench(tmp_path_factory):
     """One live kernel on a small data set, one epoch: what each step showed, which runs and predictions were there after it.
 
-    At last a second run in a new kernel, with ECG_OWN=1.
+    At last the second run: a new kernel, the edit undone, ECG_OWN=1.
     """
     folder, seen = tmp_path_factory.mktemp("workbench"), {}
     data = helpers.make_demo_codesubset(tmp_path_factory.mktemp("small"), n_train=60, n_test=12, seed=1)
@@ -370,10 +381,8 @@ def workbench(tmp_path_factory):
         with student(folder, **settings) as second:
             seen["two at once"] = refusal(second)
 
-        before = run.edit("class AFNet", "return self.head(", "return 1.5 * self.head(")
-        note("edit", run.run("class AFNet"))
-        run.cells[run.find("class AFNet")].source = before.replace("    def forward", "    # undone\n    def forward")
-        note("undo", run.run("class AFNet"))
+        run.edit("class AFNet", "return self.head(", "return 1.5 * self.head(")
+        note("edit", run_below(run, "class AFNet"))
 
         note("before the helper cell", run.run_cell("baseline = ModelBaseline()"))
         before = run.edit("def train_loop", "return loss_sum.item()", "return 2 * loss_sum.item()")
@@ -389,7 +398,8 @@ def workbench(tmp_path_factory):
         note("quick look", run.run_cell("baseline = ModelBaseline()"))
         run.settings(ECG_EPOCHS="2")
         note("two epochs again", run.run_cell("baseline = ModelBaseline()"))
-    with student(folder, ECG_OWN="1", **settings) as run:
+    with student(folder, ECG_OWN="1", **settings) as run:  # the edit undone, but for a comment
+        run.edit("class AFNet", "return self.head(", "# as it was\n        return self.head(")
         note("second run", run.run())
         seen["cells"] = run.cells
         seen["module while running"] = [path.name for path in (folder / "temp").iterdir()]
@@ -415,14 +425,6 @@ def test_edit_trains_only_what_depends_on_it(workbench):
     assert sum(line.endswith("(loaded)") for line in lines) == len(REFERENCES)
 
 
-def test_undo_trains_nothing_and_gives_the_first_numbers(workbench):
-    """Undone but for a comment: all is loaded, and every prediction file is the first run's, to the last byte."""
-    assert new_runs(workbench, "edit", "undo") == []
-    lines = epoch_lines(workbench["undo"][0])
-    assert len(lines) == len(epoch_lines(workbench["edit"][0])) and all(line.endswith("(loaded)") for line in lines)
-    assert workbench["undo"][2] == workbench["first"][2]
-
-
 def losses(text):
     return [float(value) for value in re.findall(r"^epoch +\d+/\d+ +loss ([\d.]+)", text, flags=re.M)]
 
@@ -444,14 +446,17 @@ def test_quick_look_leaves_the_longer_run_alone(workbench):
     assert losses(workbench["two epochs again"][0]) == losses(workbench["two epochs"][0])
 
 
-def test_second_run_loads_instead_of_training(workbench):
-    """In a new kernel every epoch's line is shown again, marked as loaded; the predictions are the first run's."""
+def test_undo_trains_nothing_and_gives_the_first_numbers(workbench):
+    """In a new kernel, undone but for a comment: every prediction file is the first run's, to the last byte."""
     assert new_runs(workbench, "two epochs again", "second run") == []
-    text, _, predictions = workbench["second run"]
-    lines = epoch_lines(text)
-    assert len(lines) == len(epoch_lines(workbench["first"][0])) and all(line.endswith("(loaded)") for line in lines)
-    assert losses(text) == losses(workbench["first"][0])
+    predictions = workbench["second run"][2]
     assert {name: predictions[name] for name in EXPERIMENTS} == workbench["first"][2]
+
+
+def test_second_run_shows_the_lines_of_the_first_marked_as_loaded(workbench):
+    lines = epoch_lines(workbench["second run"][0])
+    assert all(line.endswith("(loaded)") for line in lines)
+    assert [line.removesuffix("  (loaded)") for line in lines] == epoch_lines(workbench["first"][0])
 
 
 def test_own_experiment_is_everywhere(workbench):
@@ -580,6 +585,7 @@ def take_settings(monkeypatch, **settings):
     ({"LEADERBOARD_HOST": "http://me:secret@127.0.0.1/"}, "must not hold a name or password"),
     ({"ECG_DATA": "demo"}, "rehearsal server"),
     ({"ECG_EPOCHS": "-1"}, "ECG_EPOCHS"),
+    ({"ECG_EPOCHS": "abc"}, "ECG_EPOCHS is 'abc'"),
 ])
 def test_settings_that_cannot_work_are_refused_at_once(tmp_path, monkeypatch, settings, words):
     """In the cell after the settings: before anything is downloaded, trained or sent."""

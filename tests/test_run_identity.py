@@ -654,6 +654,15 @@ def test_a_quick_look_leaves_the_long_run_alone(tmp_path):
     assert helpers.run_folder(tmp_path) == long.folder == again.folder
 
 
+def test_an_edit_is_compared_with_the_run_that_was_used_last(tmp_path):
+    """A, B, A, C: C is told apart from A, which was loaded just before, not from B, which was made last."""
+    first = train(tmp_path, batch=6)
+    train(tmp_path, batch=5)
+    train(tmp_path, batch=6)
+    third = train(tmp_path, batch=6, lr=0.03)
+    assert f"another run than {first.folder.name}, which is kept" in third.said and "batch size" not in third.said
+
+
 def test_the_folder_holds_a_readable_description(tmp_path):
     run = train(tmp_path / "exp1", augment=cells().augment)
     assert run.folder.parent == tmp_path / "exp1"

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
@@ -809,6 +810,15 @@ def test_loss_that_is_not_finite_stops_the_training_and_the_cause_is_named(tmp_p
     assert "checkpoint" not in str(caught.value)
     assert "lr" in changes or "lower the learning rate" not in str(caught.value)
     assert not (helpers.run_folder(tmp_path) / "model.pth").exists()
+
+
+def test_saturated_probabilities_give_no_hint_and_no_warning(capsys):
+    """A logit beyond 17 is a probability of exactly 1 in float32: no hint, and no warning of NumPy's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for probability in ([0.5, 1.0], [0.0, 0.6]):
+            helpers.hint_at_sigmoid(np.array(probability)[:, None])
+    assert not capsys.readouterr().out
 
 
 def test_a_sigmoid_in_the_model_is_named(tmp_path, capsys):
