@@ -71,8 +71,8 @@ DEFAULT_HOST = "http://hyperion.it.uu.se:5050/"
 
 # ---- Small tools: progress as text, whole files only, one run at a time ----
 def progress(iterable, label, total=None, unit="batch"):
-    """`iterable` with a bar of plain text, which a saved notebook keeps; none where it takes less than 10 s."""
-    return tqdm(iterable, f"  {label}", total, unit=unit, delay=10, mininterval=10, ascii=True, file=sys.stdout)
+    """`iterable` with a bar of plain text, which a saved notebook keeps; none where it takes less than 30 s."""
+    return tqdm(iterable, f"  {label}", total, unit=unit, delay=30, mininterval=15, ascii=True, file=sys.stdout)
 
 
 def first_ten(names):
@@ -1927,7 +1927,7 @@ def make_scheduler(optimizer, schedule, lr, steps):
 def make_optimizer(optimizer, model, device, **settings):
     """An optimiser from its class or a function; `fused`, faster on CUDA, where it takes that setting."""
     if not callable(optimizer):
-        raise ValueError(f"optimizer={optimizer!r} is not known: it is a class such as torch.optim.AdamW, or a function")
+        raise ValueError(f"optimizer={optimizer!r} is not known: it is a class such as torch.optim.AdamW or a function")
     if torch.device(device).type == "cuda" and "fused" in inspect.signature(optimizer).parameters:
         settings["fused"] = True
     return optimizer(model.parameters(), **settings)
@@ -1954,7 +1954,7 @@ def plot_history(history, heading, name="this model", other=None):
         axis.set(title=f"validation {label}", ylabel=label, ylim=(-0.02, 1.02))
     for key, (label, colour) in CURVES.items():
         together.plot(history["epoch"], history[key], label=label, color=colour)
-    together.set(title="all validation metrics", ylabel="metric", ylim=(-0.02, 1.3))
+    together.set(title="all validation metrics", ylabel="metric", ylim=(-0.02, 1.5))
     together.legend(fontsize=9, ncols=2, loc="upper center")
     if other is None:
         _bars_at_epochs(last, history)
@@ -1976,7 +1976,7 @@ def _bars_at_epochs(axis, history):
     chosen = sorted({epoch for epoch in (1, 5, 10, 15, 20) if epoch <= last} | {last})
     table = pd.DataFrame({CURVES[key][0]: [history[key][epoch - 1] for epoch in chosen] for key in keys}, index=chosen)
     grouped_bars(axis, table, "metric", [CURVES[key][1] for key in keys])
-    axis.set(title="at chosen epochs", ylim=(0, 1.3))
+    axis.set(title="at chosen epochs", ylim=(0, 1.6))
 
 
 def overfits(history):

@@ -468,8 +468,9 @@ def test_own_experiment_is_everywhere(workbench):
     rows = [line for line in text.splitlines() if line.startswith("| sub_4 |")]
     assert len(rows) == 1 and "my_experiment" in rows[0], "no row in Explanation 4"
     for cell in workbench["cells"]:
-        if all(name in shown(cell) for name in EXPERIMENTS):
-            assert "my_experiment" in shown(cell), f"not in the output of:\n{cell.source[:300]}"
+        output = re.sub(r"Training \w+", "", shown(cell))  # the table of times: it trains nothing
+        if all(name in output for name in EXPERIMENTS):
+            assert "my_experiment" in output, f"not in the output of:\n{cell.source[:300]}"
 
 
 def test_own_experiment_stands_in_the_comparison_of_all_models(workbench):
