@@ -2417,15 +2417,15 @@ def reliability(axis, truth, p, colour):
         af, other = share * (1 - truth.mean()), (1 - share) * truth.mean()
         return af / (af + other)
 
-    for left, n, af in zip(x, map(len, members), [int(truth[m].sum()) for m in members]):
+    for k, (left, n, af) in enumerate(zip(x, map(len, members), [int(truth[m].sum()) for m in members])):
         axis.plot([left, left], reweighted(wilson(af, n)), color=colour, linewidth=2)
         axis.plot(left, reweighted(af / n), marker="o", color=colour)
-        axis.text(left, -0.06, f"{n:,}\n{af:,}", ha="center", va="top", fontsize=8)
+        axis.text(left, -0.05 - 0.15 * (k % 2), f"{n:,}\n{af:,}", ha="center", va="top", fontsize=8)  # neighbours apart
     reach = 1.15 * np.abs(np.log(x / (1 - x))).max() + 0.2
     grid = to_probability(np.linspace(-reach, reach))
     axis.plot(grid, grid, color=GREY, linestyle=":", label="perfect calibration")
     ticks = [0.01, 0.1, 0.5, 0.9, 0.99] if reach > 3 else [0.1, 0.3, 0.5, 0.7, 0.9]
-    axis.set(xscale="logit", ylim=(-0.24, 1.03), xlabel="predicted probability of AF", yticks=np.linspace(0, 1, 5))
+    axis.set(xscale="logit", ylim=(-0.36, 1.03), xlabel="predicted probability of AF", yticks=np.linspace(0, 1, 5))
     axis.set_xticks(ticks, [f"{100 * tick:.0f} %" for tick in ticks])
     axis.set_xticks([], minor=True)
     axis.set_xlim(grid[0], grid[-1])
