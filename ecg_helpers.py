@@ -2499,7 +2499,8 @@ def screening_values(recall, rate, prevalence):
     missed, all_clear = prevalence * (1 - recall), (1 - prevalence) * (1 - rate)
     with np.errstate(divide="ignore", invalid="ignore"):
         ppv, per_true = true_alarms / (true_alarms + false_alarms), false_alarms / true_alarms
-    row = {"PPV": ppv, "NPV": all_clear / (all_clear + missed), "false alarms per true alarm": per_true}
+        npv = all_clear / (all_clear + missed)  # NaN where all exams are predicted AF
+    row = {"PPV": ppv, "NPV": npv, "false alarms per true alarm": per_true}
     return row | {"missed AF per 10,000": 1e4 * missed, "false alarms per 10,000": 1e4 * false_alarms}
 
 

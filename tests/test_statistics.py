@@ -145,3 +145,11 @@ def test_occlusion_finds_a_known_window():
     times, falls = helpers.occlusion(Known(), torch.ones(helpers.N_SAMPLES, 8), "cpu")
     assert times[falls.argmax()] == 4.25 and falls.max() == 1
     assert (falls[np.abs(times - 4.25) > 0.5] == 0).all()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("recall, rate, undefined", [(1.0, 1.0, "NPV"), (0.0, 0.0, "PPV")])
+def test_screening_without_alarms_or_without_all_clear(recall, rate, undefined):
+    """Where all exams are predicted alike, one value is undefined, and no warning says so."""
+    values = helpers.screening_values(np.float64(recall), np.float64(rate), 0.01)
+    assert np.isnan(values[undefined]) and np.isfinite(values["missed AF per 10,000"])
