@@ -52,7 +52,7 @@ from requests.adapters import HTTPAdapter
 from scipy import signal as dsp
 from scipy.optimize import brentq
 from scipy.special import expit
-from scipy.stats import norm
+from scipy.stats import binomtest, norm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 from tqdm import tqdm
@@ -189,10 +189,10 @@ def copy_missing(source, target, names=("runs", "predictions", "submissions")):
     """Copy the files of these folders that `target` lacks from `source`; nothing is overwritten. Returns how many."""
     copied = 0
     for file in [file for name in names for file in (Path(source) / name).rglob("*") if file.is_file()]:
-        place = Path(target) / file.relative_to(source)
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, place)
+        copy = Path(target) / file.relative_to(source)
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, copy)
             copied += 1
     return copied
 
@@ -338,13 +338,13 @@ def _source_trees(code):
     linecache.checkcache(code.co_filename)
     trees, compiled = _functions_in("".join(linecache.getlines(code.co_filename)))
     this = _compiled(code)
-    places = [place for place, codes in compiled.items() if place[1] == code.co_name and this in codes]
-    if not places:
+    starts = [start for start, codes in compiled.items() if start[1] == code.co_name and this in codes]
+    if not starts:
         return []
-    place = min(places, key=lambda place: abs(place[0] - code.co_firstlineno))  # lines move when a file is edited
-    if 2 * len(trees[place]) == len(compiled[place]):  # several: lambdas of one line
-        return [trees[place][compiled[place].index(this) % len(trees[place])]]
-    return trees[place]
+    start = min(starts, key=lambda start: abs(start[0] - code.co_firstlineno))  # lines move when a file is edited
+    if 2 * len(trees[start]) == len(compiled[start]):  # several: lambdas of one line
+        return [trees[start][compiled[start].index(this) % len(trees[start])]]
+    return trees[start]
 
 
 @lru_cache(maxsize=256)
@@ -519,13 +519,8 @@ def class_histogram(axis, values, truth, bins, xlabel):
 
 def grouped_bars(axis, table, ylabel="", colours=COLOURS):
     """One group of bars per row of the DataFrame `table`, one bar per column."""
-    places, width = np.arange(len(table)), 0.8 / len(table.columns)
-    for k, name in enumerate(table.columns):
-        offset = (k - (len(table.columns) - 1) / 2) * width
-        axis.bar(places + offset, table[name], width, label=name, color=colours[k % len(colours)])
-    axis.set_xticks(places, [str(row) for row in table.index])
+    table.plot.bar(ax=axis, width=0.8, rot=0, color=list(colours), xlabel="", ylabel=ylabel)
     axis.margins(y=0.25)  # room for the legend
-    axis.set(ylabel=ylabel)
     axis.legend(ncols=2, fontsize=9, loc="upper left")
 
 
@@ -1036,8 +1031,8 @@ START_METHOD = "fork" if sys.platform.startswith("linux") else "spawn"  # of the
 
 
 def _prepare_record(job):
-    """Write one tracing to its place in the file; (remarks, None), or ([], error text)."""
-    path, h5_file, place = job
+    """Write one tracing at its offset in the file; (remarks, None), or ([], error text)."""
+    path, h5_file, offset = job
     try:
         signal, rate, leads, damaged = _read_record(path)
         raw = order_leads(signal, leads)
@@ -1045,8 +1040,8 @@ def _prepare_record(job):
         tracing = preprocess_ecg(filled, rate, LEADS).astype("<f4").T
     except ValueError as error:
         return [], f"record {path}: {str(error).removeprefix(f'record {path}: ')}"
-    with open(h5_file, "r+b") as file:  # its own place in the file: nothing goes through a pipe
-        file.seek(place)
+    with open(h5_file, "r+b") as file:  # its own bytes of the file: nothing goes through a pipe
+        file.seek(offset)
         file.write(tracing.tobytes())
     live = finite.any(axis=1)  # leads with at least one finite sample
     notes = {"the samples differ from the header's checksum (damaged?)": damaged,
@@ -1149,7 +1144,7 @@ def build_h5(records_file, h5_file, workers=None):
 
 # ---- HDF5: room for all rows, and the check that each was written ----
 def _empty_h5(part, folder, names):
-    """Write an HDF5 file with room for all tracings; one job (record, file, place in bytes) per record."""
+    """Write an HDF5 file with room for all tracings; one job (record, file, offset in bytes) per record."""
     with h5py.File(part, "w") as file:
         tracings = file.create_dataset("tracings", (len(names), N_SAMPLES, len(LEADS)), "<f4")
         # the first write reserves the room of all exams; a whole exam, as writing one number makes HDF5 crash at
@@ -1158,14 +1153,14 @@ def _empty_h5(part, folder, names):
         start, size = tracings.id.get_offset(), N_SAMPLES * len(LEADS) * 4
     jobs = [(str(folder / name), str(part), start + i * size) for i, name in enumerate(names)]
     with open(part, "r+b") as file:  # not through a memory map, which ends the process where the disk is full
-        for _, _, place in jobs:
-            file.seek(place)
+        for _, _, offset in jobs:
+            file.seek(offset)
             file.write(np.float32(np.nan).tobytes())  # a tracing has no NaN: a row that keeps it was never written
     return jobs
 
 
-def _map_rows(h5_file, place, n_exams, mode):
-    return np.memmap(h5_file, "<f4", mode, place, (n_exams, N_SAMPLES, len(LEADS)))
+def _map_rows(h5_file, offset, n_exams, mode):
+    return np.memmap(h5_file, "<f4", mode, offset, (n_exams, N_SAMPLES, len(LEADS)))
 
 
 def _finish_h5(part, h5_file, names, bad, attributes):
@@ -1175,9 +1170,9 @@ def _finish_h5(part, h5_file, names, bad, attributes):
         raise ValueError(f"{len(bad)} of {len(names):,} records cannot be used, {h5_file.name} was not written:\n  "
                          + "\n  ".join(bad[:10]) + more)
     with h5py.File(part, "r+") as file:
-        place = file["tracings"].id.get_offset()
+        offset = file["tracings"].id.get_offset()
         file.attrs.update(attributes, settings=_preprocessing_settings())
-    unwritten = np.isnan(_map_rows(part, place, len(names), "r")[:, 0, 0])
+    unwritten = np.isnan(_map_rows(part, offset, len(names), "r")[:, 0, 0])
     if unwritten.any():
         lost = [name for name, is_lost in zip(names, unwritten) if is_lost]
         raise RuntimeError(f"{h5_file.name}: {first_ten(lost)} were not written. Run the cell again.")
@@ -1392,8 +1387,9 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
 
 def require_shape(logits, targets):
     """ValueError unless the model returned one logit per exam: other shapes would be broadcast without a word."""
-    if logits.shape != targets.shape:
-        raise ValueError(f"the model returned shape {tuple(logits.shape)} for {len(targets)} exams, wanted "
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != tuple(targets.shape):
+        raise ValueError(f"the model returned {shape} for {len(targets)} exams, wanted a tensor of shape "
                          f"{tuple(targets.shape)}: one logit per exam, (batch, 1)")
 
 
@@ -1410,8 +1406,9 @@ def eval_loop(epoch, dataloader, model, loss_function, device, *, amp_dtype=None
     for traces, targets in progress(dataloader, f"validation {epoch}"):
         traces, targets = traces.to(device), targets.to(device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(traces).float()
+            logits = model(traces)
         require_shape(logits, targets)
+        logits = logits.float()
         loss_sum += loss_function(logits, targets) * len(targets)
         logits_all.append(logits)
         targets_all.append(targets)
@@ -1436,9 +1433,9 @@ def predict(model, traces, device, batch_size=None, amp_dtype=None, shifts=(0,))
     for start in progress(range(0, len(traces), batch_size), "predict"):
         batch = torch.as_tensor(traces[start:start + batch_size]).to(device, torch.float32)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            shifted = [model(batch.roll(shift, 1) if shift else batch).float() for shift in shifts]
+            shifted = [model(batch.roll(shift, 1) if shift else batch) for shift in shifts]
         require_shape(shifted[0], batch[:, 0, :1])
-        logits.append(torch.stack(shifted).mean(dim=0).squeeze(1))
+        logits.append(torch.stack(shifted).float().mean(dim=0).squeeze(1))
     return torch.cat(logits).cpu().numpy().astype(np.float64)
 
 
@@ -1546,7 +1543,7 @@ def submission_probabilities(logits, threshold=0.0, scale=1.0):
     different logits have different probabilities in both columns (a sigmoid alone would tie the most certain
     exams). Beyond |z| = 20 the calibrated logit z is compressed; it stays below 25.
     """
-    values, place = np.unique(np.ravel(logits).astype(np.float64), return_inverse=True)
+    values, row_of = np.unique(np.ravel(logits).astype(np.float64), return_inverse=True)
     if np.isnan(values).any() or not math.isfinite(threshold) or not 0 < scale < math.inf:
         raise ValueError(f"a logit is NaN, or threshold {threshold} and scale {scale} are not finite (scale: above 0)")
     with np.errstate(over="ignore"):  # a difference beyond all numbers is infinite: as certain as can be
@@ -1557,7 +1554,7 @@ def submission_probabilities(logits, threshold=0.0, scale=1.0):
     for sign, rows in ((1, np.flatnonzero(values > threshold)), (-1, np.flatnonzero(values < threshold)[::-1])):
         columns[rows, 1] = _distinct(to_probability(z[rows]), sign)
         columns[rows, 0] = _distinct(to_probability(-z[rows]), -sign)
-    return columns[place.ravel()]
+    return columns[row_of.ravel()]
 
 
 def _distinct(probability, sign):
@@ -1686,40 +1683,36 @@ def _leaves(value, path=()):
 
 
 # ---- The checkpoint of a run ----
-def save_checkpoint(folder, state):
-    """Write the checkpoint whole; the one before stays as checkpoint.previous.pt."""
-    path = folder / "checkpoint.pt"
+def save_checkpoint(path, state):
+    """Write a checkpoint whole or not at all: a killed run leaves the one before."""
     with whole_file(path) as part:
         torch.save(state, part)
-        if path.exists():
-            os.replace(path, folder / "checkpoint.previous.pt")
 
 
-def load_checkpoint(folder, parts, device):
-    """Load the newest checkpoint that is whole into `parts`. Returns its history and its best weights, or None.
+def load_checkpoint(path, parts, device):
+    """Load a checkpoint into `parts`. Returns its history and its best weights; None where there is none.
 
     A damaged file, or one that does not fit, is named and put aside; `parts` then are as before.
     """
+    if not path.exists():
+        return None
     untouched = {name: deepcopy(part.state_dict()) for name, part in parts.items()}
-    for path in (folder / "checkpoint.pt", folder / "checkpoint.previous.pt"):
-        if not path.exists():
-            continue
-        try:
-            with zipfile.ZipFile(path) as members:  # torch.load does not check the sums that torch.save wrote
-                if members.testzip():
-                    raise zipfile.BadZipFile("wrong checksum")
-            state = torch.load(path, map_location=device, weights_only=True)
-            parts["model"].load_state_dict(state["best"])  # do they fit?
-            for name, part in parts.items():
-                if name != "scaler" or name in state:  # a run begun without mixed precision has none
-                    part.load_state_dict(state[name])
-            return state["history"], state["best"]
-        except Exception as error:  # torch raises many types for a damaged file: all mean the same here
-            print(f"{path} is damaged ({type(error).__name__}): the one before is tried.", flush=True)
-            os.replace(path, path.with_suffix(".damaged"))  # or the next save would push out the good one
-            for name, part in parts.items():
-                part.load_state_dict(untouched[name])
-    return None
+    try:
+        with zipfile.ZipFile(path) as members:  # torch.load does not check the sums that torch.save wrote
+            if members.testzip():
+                raise zipfile.BadZipFile("wrong checksum")
+        state = torch.load(path, map_location=device, weights_only=True)
+        parts["model"].load_state_dict(state["best"])  # do they fit?
+        for name, part in parts.items():
+            if name != "scaler" or name in state:  # a run begun without mixed precision has none
+                part.load_state_dict(state[name])
+        return state["history"], state["best"]
+    except Exception as error:  # torch raises many types for a damaged file: all mean the same here
+        print(f"{path} is damaged ({type(error).__name__}): the run starts again from its first epoch.", flush=True)
+        os.replace(path, path.with_suffix(".damaged"))
+        for name, part in parts.items():
+            part.load_state_dict(untouched[name])
+        return None
 
 
 # ---- Run training: epochs with validation, the best weights, exact resume ----
@@ -1756,7 +1749,7 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
     folder = open_run(run_dir, *describe_run(model, train_loader, valid_loader, optimizer, scheduler, loss_function,
                                              augment, fixed))
     parts = _stateful_parts(model, optimizer, scheduler, ema_decay, amp_dtype)
-    loaded = None if overwrite else load_checkpoint(folder, parts, device)
+    loaded = None if overwrite else load_checkpoint(folder / "checkpoint.pt", parts, device)
     columns = ("epoch", "lr", "train_loss", "valid_loss", *METRICS, "seconds")
     history, best = loaded or ({column: [] for column in columns}, None)
     for i in range(len(history["epoch"])):
@@ -1775,7 +1768,7 @@ def fit(model, train_loader, valid_loader, *, optimizer, loss_function, epochs, 
                 print(epoch_line(history, epoch - 1, epochs, select), flush=True)
                 hint_at_sigmoid(probability)
                 states = {name: part.state_dict() for name, part in parts.items()}
-                save_checkpoint(folder, {"history": history, "best": best, **states})
+                save_checkpoint(folder / "checkpoint.pt", {"history": history, "best": best, **states})
     except KeyboardInterrupt:
         print(f"stopped after epoch {len(history['epoch'])} of {epochs}: run the cell again to continue.", flush=True)
         raise
@@ -1907,6 +1900,8 @@ def _first_not_finite(model, loader, loss_function, device, augment, amp_dtype):
 def weighted_loss(targets, weighted=True):
     """Binary cross-entropy on logits; both classes of the training `targets` (0/1) weigh the same if `weighted`."""
     n_af = np.sum(targets)
+    if weighted and n_af == 0:
+        raise ValueError("none of the training exams has AF: there is nothing to learn. Look at the split.")
     weight = (len(targets) - n_af) / n_af if weighted else 1.0
     return torch.nn.BCEWithLogitsLoss(pos_weight=torch.tensor(weight, dtype=torch.float32))
 
@@ -2398,19 +2393,13 @@ def cross_calibrated(truth, logits, folds):
     return probability
 
 
-def wilson(hits, n, z=1.96):
-    """95 % Wilson interval of the share hits / n: low and high."""
-    half = z * np.sqrt(hits * (n - hits) / n + z**2 / 4)
-    return np.clip((hits + z**2 / 2 + np.array([-half, half])) / (n + z**2), 0, 1)
-
-
 def reliability(axis, truth, p, colour):
     """Draw a reliability diagram of the AF probabilities `p`, reweighted to 50 % prevalence; returns the Brier score.
     """
     balance, bins = exam_weights(truth, 0.5), int(np.clip(truth.sum() // 8, 2, 8))
     order = np.argsort(p, kind="stable")
-    place = np.minimum(bins * np.cumsum(balance[order]) / balance.sum(), bins - 1e-9).astype(int)
-    members = [order[place == b] for b in np.unique(place)]
+    bin_of = np.minimum(bins * np.cumsum(balance[order]) / balance.sum(), bins - 1e-9).astype(int)
+    members = [order[bin_of == b] for b in np.unique(bin_of)]
     x = np.array([np.average(p[m], weights=balance[m]) for m in members]).clip(2e-3, 1 - 2e-3)
 
     def reweighted(share):  # from these exams to 50 % prevalence: the odds change by a constant factor
@@ -2418,7 +2407,7 @@ def reliability(axis, truth, p, colour):
         return af / (af + other)
 
     for k, (left, n, af) in enumerate(zip(x, map(len, members), [int(truth[m].sum()) for m in members])):
-        axis.plot([left, left], reweighted(wilson(af, n)), color=colour, linewidth=2)
+        axis.plot([left, left], reweighted(np.array(binomtest(af, n).proportion_ci(method="wilson"))), color=colour, linewidth=2)
         axis.plot(left, reweighted(af / n), marker="o", color=colour)
         axis.text(left, -0.05 - 0.15 * (k % 2), f"{n:,}\n{af:,}", ha="center", va="top", fontsize=8)  # neighbours apart
     reach = 1.15 * np.abs(np.log(x / (1 - x))).max() + 0.2
@@ -2815,11 +2804,11 @@ def _call(method, host, path, team_id=None, password=None, content=None):
     if status in (200, 201):
         return answer
     reason = _reason(answer)
-    said = f"{status}: {reason.rstrip('.')}."
+    refusal = f"{status}: {reason.rstrip('.')}."
     later = status >= 500 or status in (408, 429)
     general = "Try again later." if later else "The same request would be refused again: change what it names."
-    advice = next((text for words, text in _ADVICE.items() if words in said), general)
+    advice = next((text for words, text in _ADVICE.items() if words in refusal), general)
     if answer.is_redirect:
         address = urljoin(url, answer.headers["Location"]).removesuffix(path)
         advice = f"The server redirects: if you know that address, set LEADERBOARD_HOST to {address}"
-    raise LeaderboardError(f"{url} answered {said} {advice}", status, reason)
+    raise LeaderboardError(f"{url} answered {refusal} {advice}", status, reason)

@@ -103,7 +103,6 @@ def test_error_rates_and_screening_by_hand():
     assert found["PPV"] == pytest.approx(0.0095 / 0.059) and found["missed AF per 10,000"] == pytest.approx(5)
     row = helpers.screening_row(truth, np.where(truth, 1.0, -1.0), np.arange(120), 0.0, 0.01)
     assert row["specificity"].startswith("at least 97.0 %")  # no false positive: the rule of three
-    assert helpers.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
 
 
 def test_prior_shift_and_subgroups():

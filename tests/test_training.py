@@ -555,6 +555,8 @@ def test_weighted_loss_weighs_both_classes_alike():
     loss = helpers.weighted_loss(targets)(torch.zeros(5, 1), torch.tensor(targets, dtype=torch.float32)[:, None])
     assert loss.item() == pytest.approx(2 * 4 / 5 * math.log(2)), "four times one exam, once each of four"
     assert helpers.weighted_loss(targets, weighted=False).pos_weight.item() == 1.0
+    with pytest.raises(ValueError, match="none of the training exams has AF"):
+        helpers.weighted_loss(np.zeros(5))
 
 
 @pytest.mark.parametrize("schedule", [
@@ -688,11 +690,10 @@ def test_resume_at_any_batch_equals_an_undisturbed_run(undisturbed, plan, stops)
 
 
 def cut_run(run_dir):
-    """A run that stopped in the middle of epoch 4; its checkpoints, newest first."""
+    """A run that stopped in the middle of epoch 4; its checkpoint."""
     with pytest.raises(Stop):
         train(run_dir, stop=3 * STEPS + 1)
-    folder = helpers.run_folder(run_dir)
-    return folder / "checkpoint.pt", folder / "checkpoint.previous.pt"
+    return helpers.run_folder(run_dir) / "checkpoint.pt"
 
 
 def spoil(file, damage):
@@ -711,45 +712,32 @@ def spoil(file, damage):
 
 
 @pytest.mark.parametrize("damage", [*DAMAGE, "a part is missing", "weights of another shape", "kept weights without a key"])
-def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys, undisturbed, damage):
-    newest, _ = cut_run(tmp_path)
-    spoil(newest, damage)
+def test_damaged_checkpoint_is_named_and_the_run_starts_again(tmp_path, capsys, undisturbed, damage):
+    checkpoint = cut_run(tmp_path)
+    spoil(checkpoint, damage)
     capsys.readouterr()
     train(tmp_path)
     out = capsys.readouterr().out
-    assert f"{newest} is damaged" in out
-    assert [line.endswith("(loaded)") for line in out.splitlines() if line.startswith("epoch ")] == [True, True, False, False]
+    assert f"{checkpoint} is damaged" in out and "(loaded)" not in out
+    assert checkpoint.with_suffix(".damaged").exists(), "nothing is deleted"
     assert_same(saved(tmp_path), undisturbed("plateau"))
 
 
-def test_all_checkpoints_damaged_starts_again(tmp_path, capsys, undisturbed):
-    files = cut_run(tmp_path)
-    for file in files:
-        spoil(file, "truncated")
-    capsys.readouterr()
-    train(tmp_path)
-    out = capsys.readouterr().out
-    assert all(f"{file} is damaged" in out for file in files) and "(loaded)" not in out
-    assert_same(saved(tmp_path), undisturbed("plateau"))
-
-
-@pytest.mark.parametrize("moves", [0, 1, 2])
-def test_kill_in_the_write_after_damage_loses_at_most_one_epoch(tmp_path, monkeypatch, capsys, undisturbed, moves):
-    """The damaged newest checkpoint must not push out the good one before it."""
-    spoil(cut_run(tmp_path)[0], "truncated")
+def test_kill_in_the_write_of_a_checkpoint_keeps_the_one_before(tmp_path, monkeypatch, capsys, undisturbed):
+    checkpoint = cut_run(tmp_path)
     with monkeypatch.context() as patch:
-        real, count = os.replace, itertools.count()
+        real = os.replace
 
-        def replace(*args):
-            if "checkpoint" in str(args[0]) and next(count) >= moves:
+        def replace(source, target):
+            if Path(target) == checkpoint:
                 raise Stop
-            return real(*args)
+            return real(source, target)
         patch.setattr(os, "replace", replace)
         with pytest.raises(Stop):
             train(tmp_path)
     capsys.readouterr()
     train(tmp_path)
-    assert trained(capsys)[0] >= 3, "all progress is lost"
+    assert trained(capsys) == [4], "epochs 1 to 3 are loaded"
     assert_same(saved(tmp_path), undisturbed("plateau"))
 
 
@@ -830,16 +818,25 @@ def test_a_sigmoid_in_the_model_is_named(tmp_path, capsys):
     assert "a sigmoid in the model" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("dim, got", [((1, 2), r"\(5, 2\)"), (None, r"\(5,\)")])
-def test_wrong_shape_of_the_logits_is_named(tmp_path, dim, got):
+WRONG_LOGITS = {  # what is returned -> (how it is named, made from the logits (batch, 1))
+    "two columns": (r"\(5, 2\)", lambda logits: logits.expand(-1, 2)),
+    "no column": (r"\(5,\)", lambda logits: logits[:, 0]),
+    "a tuple": ("tuple", lambda logits: (logits, logits)),
+    "nothing": ("NoneType", lambda logits: None),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_LOGITS)
+def test_wrong_shape_of_the_logits_is_named(tmp_path, what):
     """Got and wanted; others would be broadcast to (batch, batch) without a word."""
+    got, make = WRONG_LOGITS[what]
+
     class Wrong(Mean):
         def forward(self, traces):
-            logits = super().forward(traces)
-            return logits.expand(-1, 2) if dim else logits[:, 0]
-    with pytest.raises(ValueError, match=rf"returned shape {got} for 5 exams, wanted \(5, 1\)"):
+            return make(super().forward(traces))
+    with pytest.raises(ValueError, match=rf"returned {got} for 5 exams, wanted a tensor of shape \(5, 1\)"):
         train(tmp_path, net=Wrong)
-    with pytest.raises(ValueError, match=r"wanted \(24, 1\)"):
+    with pytest.raises(ValueError, match=r"wanted a tensor of shape \(24, 1\)"):
         helpers.predict(Wrong(), exams()[0], "cpu", batch_size=N)
 
 
