@@ -1,6 +1,6 @@
 """Reusable parts of the AF assignment: data, preprocessing, training, metrics, leaderboard.
 
-The notebook tells the story and holds the models and figures. The order here is the way of the data:
+The notebook tells the story and holds the models. The order here is the way of the data:
 fetch_codesubset > build_h5 > load_labels > train_loop, eval_loop > split_by_patient > classification_metrics >
 balanced_threshold > fit > submission_probabilities > submit. Everything is written beside its place and renamed
 when whole, so that a killed run leaves nothing that a later run could take as complete.
@@ -51,10 +51,11 @@ import wfdb
 from requests.adapters import HTTPAdapter
 from scipy import signal as dsp
 from scipy.optimize import brentq
-from scipy.special import expit
+from scipy.special import expit, logit
 from scipy.stats import binomtest, norm
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
+from sklearn.metrics import (accuracy_score, average_precision_score, brier_score_loss, confusion_matrix, f1_score,
+                             precision_score, recall_score, roc_auc_score)
 from tqdm import tqdm
 from urllib3.util import Retry
 
@@ -188,12 +189,13 @@ def claim_folder(folder, fingerprint, source):
 def copy_missing(source, target, names=("runs", "predictions", "submissions")):
     """Copy the files of these folders that `target` lacks from `source`; nothing is overwritten. Returns how many."""
     copied = 0
-    for file in [file for name in names for file in (Path(source) / name).rglob("*") if file.is_file()]:
-        copy = Path(target) / file.relative_to(source)
-        if not copy.exists():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(file, copy)
-            copied += 1
+    for name in names:
+        for file in (Path(source) / name).rglob("*"):
+            copy = Path(target) / file.relative_to(source)
+            if file.is_file() and not copy.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, copy)
+                copied += 1
     return copied
 
 
@@ -390,14 +392,15 @@ def _canonical(node):
     if isinstance(node, ast.JoinedStr):  # Python 3.12 adds empty pieces to some f-strings
         node = ast.JoinedStr([part for part in node.values if getattr(part, "value", None) != ""])
     left_out = {"ctx", "kind", "type_comment", "type_params", "annotation", "returns"}
-    fields = [(name, value) for name, value in ast.iter_fields(node) if name not in left_out]
-    return [type(node).__name__, *([name, _canonical(value)] for name, value in fields if value not in (None, []))]
+    fields = [field for field in ast.iter_fields(node) if field[0] not in left_out and field[1] not in (None, [])]
+    return [type(node).__name__, *([name, _canonical(value)] for name, value in fields)]
 
 
 def _without_effect(statement):
     """True for a docstring, `pass`, and a variable's annotation without a value."""
-    text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-    return text or isinstance(statement, ast.Pass) or isinstance(statement, ast.AnnAssign) and statement.value is None
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant)
+    return isinstance(statement, ast.Pass) or (isinstance(statement, ast.AnnAssign) and statement.value is None)
 
 
 def _library(thing):
@@ -439,7 +442,8 @@ def _globals_used(code, space):
     used, name, value = {}, "", None
     for step in dis.get_instructions(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            name, value = step.argval, None if step.argval.startswith("__") else space.get(step.argval)
+            name = step.argval
+            value = None if name.startswith("__") else space.get(name)
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(value, types.ModuleType):
             name = f"{name}.{step.argval}"
             value = None if _is_library(value.__name__) else getattr(value, step.argval, None)
@@ -540,7 +544,7 @@ def fetch_codesubset(source="course", directory="."):
     target = directory / "codesubset"
     if source not in ("course", "demo") and path.is_dir():
         folder = path / "codesubset" if (path / "codesubset").is_dir() else path
-        if missing := _missing_parts(folder) or _missing_files(folder):
+        if missing := _missing(folder):
             raise FileNotFoundError(f"{folder} is no whole codesubset folder: {first_ten(missing)} missing.")
         return _announce(folder, "folder used as it is")
     if source not in ("course", "demo") and not path.is_file():
@@ -551,7 +555,7 @@ def fetch_codesubset(source="course", directory="."):
             return make_demo_codesubset(directory)
         if source == "course":
             return _ready_folder(target, "course") or _course_folder(target)
-        origin = f"archive with SHA-256 {_file_digest(path)}"
+        origin = f"archive with SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
         return _ready_folder(target, origin) or _extract(path, target, origin)
 
 
@@ -565,7 +569,10 @@ def _course_folder(target):
                 download(COURSE_MIRRORS, archive)
             return _extract(archive, target, "course")
         except ValueError as error:
-            _move_aside(archive) if found else archive.unlink()
+            if found:
+                _move_aside(archive)
+            else:
+                archive.unlink()
             if attempt == 2:
                 raise
             print(f"{error}\nIt is downloaded again.", flush=True)
@@ -574,7 +581,7 @@ def _course_folder(target):
 def _ready_folder(target, origin):
     """`target` if it is complete and comes from `origin`, None if it must be made; ValueError if it is another's."""
     known = data_origin(target)
-    missing = _missing_parts(target) or _missing_files(target)
+    missing = _missing(target)
     if not missing and (known == origin or (known is None and origin == "course")):
         return _announce(target, "ready from an earlier run")
     if known == origin:
@@ -598,11 +605,11 @@ def data_origin(folder):
         return None
 
 
-def _missing_parts(folder):
-    return [part for part in ("train/RECORDS.txt", "test/RECORDS.txt", "train.csv") if not (folder / part).is_file()]
-
-
-def _missing_files(folder):
+def _missing(folder):
+    """What a `codesubset/` lacks: its three tables first, then files of the records."""
+    tables = ["train/RECORDS.txt", "test/RECORDS.txt", "train.csv"]
+    if missing := [table for table in tables if not (folder / table).is_file()]:
+        return missing
     names = {split: read_records(folder / split / "RECORDS.txt") for split in ("train", "test")}
     files = [f"{split}/{name}{end}" for split in names for name in names[split] for end in (".hea", ".dat")]
     return [file for file in files if not os.path.isfile(folder / file)]
@@ -612,14 +619,6 @@ def _announce(folder, how):
     counts = {split: len(read_records(folder / split / "RECORDS.txt")) for split in ("train", "test")}
     print(f"Data: {folder} ({how}): {counts['train']:,} training and {counts['test']:,} test exams.", flush=True)
     return folder
-
-
-def _file_digest(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 @contextmanager
@@ -718,7 +717,7 @@ def _extract(archive, target, origin):
                 tar.extractall(folder.parent, members=members, filter="data")
                 while tar.fileobj.read(1 << 20):  # to the end, where gzip and xz keep their checksums
                     pass
-            if missing := _missing_parts(folder) or _missing_files(folder):
+            if missing := _missing(folder):
                 raise ValueError(f"not inside: {first_ten(missing)}")
     except tarfile.FilterError as error:
         raise ValueError(f"{archive} is refused: {error}. It did not come from the course.") from error
@@ -953,15 +952,13 @@ def order_leads(signal, leads):
 # ---- Preprocessing: the filters and the four steps ----
 def fill_gaps(signal):
     """Interpolate NaN samples within each lead, (leads, samples); a lead without a finite sample is zero."""
-    if np.isfinite(signal).all():
+    finite = np.isfinite(signal)
+    if finite.all():
         return signal
-    if not np.isfinite(signal).any():
+    if not finite.any():
         raise ValueError("no lead has a finite sample")
-    signal, t = signal.copy(), np.arange(signal.shape[1])
-    for lead in signal:
-        good = np.isfinite(lead)
-        lead[~good] = np.interp(t[~good], t[good], lead[good]) if good.any() else 0.0
-    return signal
+    leads = pd.DataFrame(np.where(finite, signal, np.nan).T)
+    return leads.interpolate(limit_direction="both").fillna(0.0).to_numpy().T
 
 
 @lru_cache(maxsize=32)
@@ -984,9 +981,8 @@ def resampling(sample_rate, new_freq):
     Rates with many decimals get the nearest ratio of numbers up to 20,000, off by less than a tenth of a sample
     over an exam: the exact one would need a filter of millions of taps.
     """
-    ratio = Fraction(str(new_freq)) / Fraction(str(sample_rate))
-    if max(ratio.numerator, ratio.denominator) > 50_000:
-        ratio = ratio.limit_denominator(int(20_000 / max(1, ratio)))
+    ratio = new_freq / sample_rate
+    ratio = Fraction(ratio).limit_denominator(int(20_000 / max(1, ratio)))
     longest = max(ratio.numerator, ratio.denominator)
     window = dsp.firwin(20 * longest + 1, 1 / longest, window=("kaiser", 5.0)) if ratio != 1 else None
     return ratio.numerator, ratio.denominator, window
@@ -1123,7 +1119,10 @@ def build_h5(records_file, h5_file, workers=None):
             print(f"{h5_file}: {len(names):,} exams, ready from an earlier run." + attributes["remarks"], flush=True)
             return h5_file
         print(f"{h5_file} {problem}: it is built again.", flush=True)
-        h5_file.unlink(missing_ok=True) if "fingerprint" in attributes else _move_aside(h5_file)
+        if "fingerprint" in attributes:
+            h5_file.unlink()
+        else:
+            _move_aside(h5_file)
     workers = min(workers or os.cpu_count() or 1, len(names))
     print(f"Preprocessing {len(names):,} exams of {records_file.parent} with {workers} process(es) ...", flush=True)
     start, bad, remarks = time.monotonic(), [], {}
@@ -1131,7 +1130,8 @@ def build_h5(records_file, h5_file, workers=None):
         jobs = _empty_h5(part, records_file.parent, names)
         with closing(_in_processes(jobs, workers)) as results:  # an interrupt ends the workers at once
             for name, (notes, error) in zip(names, progress(results, "preprocess", len(names), "exam")):
-                bad += [error] if error else []
+                if error:
+                    bad.append(error)
                 for note in notes:
                     remarks.setdefault(note, []).append(name)
         lines = "".join(f"\n  {len(exams)} exams: {note}: {first_ten(exams)}" for note, exams in remarks.items())
@@ -1363,10 +1363,8 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
         traces, targets = traces.to(device), targets.to(device)
         traces = augment(traces) if augment else traces
         # 2. forward: logits and their loss
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(traces)
-        require_shape(logits, targets)
-        loss = loss_function(logits.float(), targets)
+        logits = forward(model, traces, amp_dtype)
+        loss = loss_function(logits, targets)
         # 3. backward
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -1385,18 +1383,22 @@ def train_loop(epoch, dataloader, model, optimizer, loss_function, device, *, au
     return loss_sum.item() / n_exams
 
 
-def require_shape(logits, targets):
-    """ValueError unless the model returned one logit per exam: other shapes would be broadcast without a word."""
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != tuple(targets.shape):
-        raise ValueError(f"the model returned {shape} for {len(targets)} exams, wanted a tensor of shape "
-                         f"{tuple(targets.shape)}: one logit per exam, (batch, 1)")
+def forward(model, traces, amp_dtype=None):
+    """Logits (batch, 1), float32; ValueError for another shape, which would be broadcast without a word."""
+    with torch.autocast(traces.device.type, amp_dtype, enabled=amp_dtype is not None):
+        logits = model(traces)
+    got, wanted = getattr(logits, "shape", type(logits).__name__), (len(traces), 1)
+    if got != wanted:
+        got = tuple(got) if isinstance(got, torch.Size) else got
+        raise ValueError(f"the model returned {got} for {len(traces)} exams, wanted a tensor of shape {wanted}: one "
+                         "logit per exam, (batch, 1)")
+    return logits.float()
 
 
 # ---- Eval function: one pass without gradients, and the one sigmoid ----
 @torch.no_grad()
 def eval_loop(epoch, dataloader, model, loss_function, device, *, amp_dtype=None):
-    """Evaluate `model` without gradients; parameters as in `train_loop`.
+    """Evaluate `model` without gradients; `amp_dtype` as in `train_loop`.
 
     Returns the mean loss per exam (float), the probabilities of AF (n, 1) float64 and the targets (n, 1).
     """
@@ -1405,10 +1407,7 @@ def eval_loop(epoch, dataloader, model, loss_function, device, *, amp_dtype=None
     loss_sum, logits_all, targets_all = torch.zeros((), device=device), [], []
     for traces, targets in progress(dataloader, f"validation {epoch}"):
         traces, targets = traces.to(device), targets.to(device)
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(traces)
-        require_shape(logits, targets)
-        logits = logits.float()
+        logits = forward(model, traces, amp_dtype)
         loss_sum += loss_function(logits, targets) * len(targets)
         logits_all.append(logits)
         targets_all.append(targets)
@@ -1417,7 +1416,7 @@ def eval_loop(epoch, dataloader, model, loss_function, device, *, amp_dtype=None
 
 
 def to_probability(logits):
-    """The one sigmoid of the project, in float64: float32 saturates and would tie the most certain exams."""
+    """Sigmoid in float64: float32 saturates and would tie the most certain exams. No other place applies it."""
     return expit(np.asarray(logits, dtype=np.float64))
 
 
@@ -1432,10 +1431,8 @@ def predict(model, traces, device, batch_size=None, amp_dtype=None, shifts=(0,))
     model.eval()
     for start in progress(range(0, len(traces), batch_size), "predict"):
         batch = torch.as_tensor(traces[start:start + batch_size]).to(device, torch.float32)
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            shifted = [model(batch.roll(shift, 1) if shift else batch) for shift in shifts]
-        require_shape(shifted[0], batch[:, 0, :1])
-        logits.append(torch.stack(shifted).float().mean(dim=0).squeeze(1))
+        shifted = [forward(model, batch.roll(shift, 1) if shift else batch, amp_dtype) for shift in shifts]
+        logits.append(torch.stack(shifted).mean(dim=0).squeeze(1))
     return torch.cat(logits).cpu().numpy().astype(np.float64)
 
 
@@ -1481,19 +1478,18 @@ def classification_metrics(y_true, y_prob, threshold=0.5, prevalence=None):
         raise ValueError(f"{len(y)} labels and {len(p)} probabilities: they must be as many, and not none")
     if not np.isin(y, (0, 1)).all() or not ((p >= 0) & (p <= 1)).all():
         raise ValueError("labels must be 0 or 1 and probabilities finite, between 0 and 1")
-    both = 0 < y.sum() < len(y)
-    weight = exam_weights(y, prevalence)
-    tn, fp, fn, tp = confusion_matrix(y, p > threshold, labels=[0, 1], sample_weight=weight).ravel()
-
-    def ratio(part, whole):
-        return float(part / whole) if whole > 0 else 0.0
-
-    auroc = roc_auc_score(y, p, sample_weight=weight) if both else math.nan
-    ap = average_precision_score(y, p, sample_weight=weight) if both else math.nan
-    ap_no_af = average_precision_score(1 - y, 1 - p, sample_weight=weight) if both else math.nan
-    return {"accuracy": ratio(tp + tn, tp + tn + fp + fn), "f1": ratio(2 * tp, 2 * tp + fp + fn),
-            "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn), "specificity": ratio(tn, tn + fp),
-            "auroc": float(auroc), "ap": float(ap), "leaderboard_ap": float(ap + ap_no_af) / 2}
+    predicted, weights = p > threshold, {"sample_weight": exam_weights(y, prevalence)}
+    found = {"accuracy": accuracy_score(y, predicted, **weights),
+             "f1": f1_score(y, predicted, zero_division=0, **weights),
+             "precision": precision_score(y, predicted, zero_division=0, **weights),
+             "recall": recall_score(y, predicted, zero_division=0, **weights),
+             "specificity": recall_score(y, predicted, pos_label=0, zero_division=0, **weights),
+             "auroc": math.nan, "ap": math.nan, "leaderboard_ap": math.nan}
+    if 0 < y.sum() < len(y):
+        ap = average_precision_score(y, p, **weights)
+        ap_no_af = average_precision_score(1 - y, 1 - p, **weights)
+        found.update(auroc=roc_auc_score(y, p, **weights), ap=ap, leaderboard_ap=(ap + ap_no_af) / 2)
+    return {name: float(value) for name, value in found.items()}
 
 
 def exam_weights(y, prevalence=None):
@@ -1520,7 +1516,8 @@ def balanced_threshold(y_true, logits, prevalence=0.5):
                          "labels as finite logits, of both classes")
     z = np.clip(z, -1e100, 1e100)  # their differences stay finite
     low, middle, high = np.array([np.quantile(z[y == label], [0.25, 0.5, 0.75]) for label in (0, 1)]).T
-    centre, spread = middle.mean(), abs(middle[1] - middle[0]) + np.sum(high - low) or np.ptp(z)
+    centre, spread = middle.mean(), abs(middle[1] - middle[0]) + np.sum(high - low)
+    spread = spread if spread > 0 else np.ptp(z)
     if spread < 1e-100:
         return 0.0, 1.0  # the logits carry no information: leave them as they are
     x = np.clip((z - centre) / spread, -2, 2)  # one logit of a million must not decide for all
@@ -1551,19 +1548,21 @@ def submission_probabilities(logits, threshold=0.0, scale=1.0):
     size = np.abs(z)
     z = np.sign(z) * np.where(size > 20, 25 - 5 * np.exp((20 - np.maximum(size, 20)) / 5), size)
     columns = np.full((len(values), 2), 0.5)
-    for sign, rows in ((1, np.flatnonzero(values > threshold)), (-1, np.flatnonzero(values < threshold)[::-1])):
-        columns[rows, 1] = _distinct(to_probability(z[rows]), sign)
-        columns[rows, 0] = _distinct(to_probability(-z[rows]), -sign)
+    above, below = np.flatnonzero(values > threshold), np.flatnonzero(values < threshold)[::-1]
+    for rows, af, no_af in ((above, 1, 0), (below, 0, 1)):
+        columns[rows, 1] = _apart(to_probability(z[rows]), af)
+        columns[rows, 0] = _apart(to_probability(-z[rows]), no_af)
     return columns[row_of.ravel()]
 
 
-def _distinct(probability, sign):
-    """Probabilities above (sign 1) or below 0.5, the nearest to it first, kept apart by the smallest steps."""
-    half = np.float64(0.5).view(np.int64)
-    bits = np.ascontiguousarray(probability).view(np.int64)  # neighbouring numbers have neighbouring bits
-    steps = np.arange(1, len(bits) + 1)
-    away = np.maximum.accumulate(np.maximum(np.abs(bits - half), steps) - steps) + steps
-    return (half + sign * away).view(np.float64)
+def _apart(probabilities, limit):
+    """Probabilities, the nearest to 0.5 first, moved towards `limit` (0 or 1) by the smallest step where they tie."""
+    last, apart = 0.5, []
+    for probability in probabilities:
+        step = math.nextafter(last, limit)
+        last = max(probability, step) if limit else min(probability, step)
+        apart.append(last)
+    return apart
 
 
 # ---- What a run depends on: model, optimiser, schedule, exams ----
@@ -1647,9 +1646,14 @@ def _read_description(path):
 
 
 def _same_numbers(one, other):
-    return len(one) == len(other) and all(
-        a[0] == b[0] and abs(a[1] - b[1]) <= 3e-7 * abs(a[1]) and abs(a[2] - b[2]) <= 3e-7 * abs(a[1])
-        for a, b in zip(one, other))
+    """True if the (label, sum of absolute values, weighted sum) of all arrays agree but for rounding."""
+    if [label for label, *_ in one] != [label for label, *_ in other]:
+        return False
+    for (_, size, weighted), (_, other_size, other_weighted) in zip(one, other):
+        allowed = 3e-7 * size
+        if abs(size - other_size) > allowed or abs(weighted - other_weighted) > allowed:
+            return False
+    return True
 
 
 def _differences(old, new):
@@ -1810,24 +1814,24 @@ def _one_epoch(epoch, parts, train_loader, valid_loader, loss_function, device, 
     """Train and validate once. Returns the epoch's row of the history and the validation probabilities."""
     model, optimizer, scheduler = parts["model"], parts["optimizer"], parts.get("scheduler")
     each_batch = isinstance(scheduler, (torch.optim.lr_scheduler.OneCycleLR, torch.optim.lr_scheduler.CyclicLR))
-    start, rate, before = time.monotonic(), optimizer.param_groups[0]["lr"], _weights(model)
+    start, lr, before = time.monotonic(), optimizer.param_groups[0]["lr"], _weights(model)
     train_loss = train_loop(epoch, train_loader, model, optimizer, loss_function, device, augment=augment,
                             scheduler=scheduler if each_batch else None, averaged=parts.get("averaged"),
                             scaler=parts.get("scaler"), amp_dtype=amp_dtype, max_norm=max_norm)
     if not math.isfinite(train_loss):
-        raise not_finite(f"training loss is {train_loss}", epoch, rate, model, before, train_loader,
+        raise not_finite(f"training loss is {train_loss}", epoch, lr, model, before, train_loader,
                          loss_function, device, augment=augment, amp_dtype=amp_dtype)
     valid_loss, probability, y = eval_loop(epoch, valid_loader, _validated(parts), loss_function, device,
                                            amp_dtype=amp_dtype)
     if not math.isfinite(valid_loss):
-        raise not_finite(f"validation loss is {valid_loss}", epoch, rate, _validated(parts), before, valid_loader,
+        raise not_finite(f"validation loss is {valid_loss}", epoch, lr, _validated(parts), before, valid_loader,
                          loss_function, device, amp_dtype=amp_dtype)
     if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
         scheduler.step(valid_loss)
     elif scheduler is not None and not each_batch:
         scheduler.step()
     metrics = classification_metrics(y, probability, prevalence=prevalence)
-    row = {"epoch": epoch, "lr": float(rate), "train_loss": train_loss, "valid_loss": valid_loss,
+    row = {"epoch": epoch, "lr": float(lr), "train_loss": train_loss, "valid_loss": valid_loss,
            **{key: metrics[key] for key in METRICS}, "seconds": time.monotonic() - start}
     return row, probability
 
@@ -1862,7 +1866,7 @@ def hint_at_sigmoid(probability):
         print("All logits lie between 0 and 1: is there a sigmoid in the model? Return the plain logits.", flush=True)
 
 
-def not_finite(what, epoch, rate, model, before, loader, loss_function, device, *, augment=None, amp_dtype=None):
+def not_finite(what, epoch, lr, model, before, loader, loss_function, device, *, augment=None, amp_dtype=None):
     """The FloatingPointError for a loss that is not finite: the weights grew too large, or something else made it.
 
     `before`: the weights at the start of the epoch. `model` holds them afterwards.
@@ -1874,7 +1878,7 @@ def not_finite(what, epoch, rate, model, before, loader, loss_function, device, 
     if cause is None:
         names = first_ten(huge or lost) or "the loss overflowed"
         cause = f"the weights grew beyond all bounds ({names}): lower the learning rate or clip the gradient"
-    return FloatingPointError(f"{what} in epoch {epoch} at learning rate {rate:.2g}: {cause}. Then run again.")
+    return FloatingPointError(f"{what} in epoch {epoch} at learning rate {lr:.2g}: {cause}. Then run again.")
 
 
 @torch.no_grad()
@@ -1884,8 +1888,7 @@ def _first_not_finite(model, loader, loss_function, device, augment, amp_dtype):
     for i, (traces, targets) in enumerate(loader, 1):
         traces, targets = traces.to(device), targets.to(device)
         augmented = augment(traces) if augment else traces
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(augmented).float()
+        logits = forward(model, augmented, amp_dtype)
         steps = {"the tracings hold it: look at the input": traces,
                  "the augmentation makes it of finite tracings": augmented,
                  "the forward pass makes it, with finite weights and input: look at log, sqrt and divisions": logits,
@@ -1929,7 +1932,7 @@ def make_optimizer(optimizer, model, device, **settings):
 
 
 # ---- Figures: a training run ----
-CURVES = {"auroc": ("AUROC", BLUE), "f1": ("F1", ORANGE), "ap": ("AP", GREEN), "accuracy": ("accuracy", GREY)}
+CURVES = {"AUROC": BLUE, "F1": ORANGE, "AP": GREEN, "accuracy": GREY}
 
 
 def plot_history(history, heading, name="this model", other=None):
@@ -1939,39 +1942,28 @@ def plot_history(history, heading, name="this model", other=None):
     """
     figure, axes = plt.subplots(2, 3, figsize=(13, 5.6))
     losses, auroc, f1, ap, together, last = axes.flat
-    for key, label in (("train_loss", "training"), ("valid_loss", "validation")):
-        losses.plot(history["epoch"], history[key], label=label, marker=".")
-    losses.set(title="losses", ylabel="loss (mean per exam)")
-    losses.legend(fontsize=9)
-    for axis, key in ((auroc, "auroc"), (f1, "f1"), (ap, "ap")):
-        label, colour = CURVES[key]
-        axis.plot(history["epoch"], history[key], color=colour, marker=".")
-        axis.set(title=f"validation {label}", ylabel=label, ylim=(-0.02, 1.02))
-    for key, (label, colour) in CURVES.items():
-        together.plot(history["epoch"], history[key], label=label, color=colour)
-    together.set(title="all validation metrics", ylabel="metric", ylim=(-0.02, 1.5))
-    together.legend(fontsize=9, ncols=2, loc="upper center")
+    table = pd.DataFrame(history).set_index("epoch").rename(columns={"auroc": "AUROC", "f1": "F1", "ap": "AP"})
+    loss = table[["train_loss", "valid_loss"]].set_axis(["training", "validation"], axis=1)
+    loss.plot(ax=losses, marker=".", title="losses", ylabel="loss (mean per exam)", color=[BLUE, ORANGE])
+    for axis, metric in ((auroc, "AUROC"), (f1, "F1"), (ap, "AP")):
+        table[metric].plot(ax=axis, color=CURVES[metric], marker=".", title=f"validation {metric}", ylabel=metric)
+        axis.set_ylim(-0.02, 1.02)
+    metrics = table[list(CURVES)]
+    metrics.plot(ax=together, color=CURVES, title="all validation metrics", ylabel="metric", ylim=(-0.02, 1.5))
     if other is None:
-        _bars_at_epochs(last, history)
+        chosen = sorted({1, 5, 10, 15, 20, len(table)} & set(table.index))
+        grouped_bars(last, metrics.loc[chosen, ["AUROC", "F1", "AP"]], "metric", [BLUE, ORANGE, GREEN])
+        last.set(title="at chosen epochs", xlabel="epoch", ylim=(0, 1.6))
     else:
-        for (label, values), colour in zip({name: history, **other}.items(), (BLUE, ORANGE)):
-            last.plot(values["epoch"], values["auroc"], label=label, color=colour)
-        last.set(title="AUROC of both", ylabel="AUROC", ylim=(0, 1.3))
-        last.legend(fontsize=9, loc="upper center")
-    for axis in axes.flat:
-        axis.set_xlabel("epoch")
+        runs = {label: pd.Series(run["auroc"], run["epoch"]) for label, run in {name: history, **other}.items()}
+        pd.DataFrame(runs).plot(ax=last, color=[BLUE, ORANGE], xlabel="epoch", ylabel="AUROC", ylim=(0, 1.3))
+        last.set_title("AUROC of both")
     for axis in (losses, auroc, f1, ap, together):
         axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    for axis in (together, last):
+        axis.legend(fontsize=9, ncols=2, loc="upper center")
     figure.suptitle(heading)
     return figure
-
-
-def _bars_at_epochs(axis, history):
-    last, keys = len(history["epoch"]), ("auroc", "f1", "ap")
-    chosen = sorted({epoch for epoch in (1, 5, 10, 15, 20) if epoch <= last} | {last})
-    table = pd.DataFrame({CURVES[key][0]: [history[key][epoch - 1] for epoch in chosen] for key in keys}, index=chosen)
-    grouped_bars(axis, table, "metric", [CURVES[key][1] for key in keys])
-    axis.set(title="at chosen epochs", ylim=(0, 1.6))
 
 
 def overfits(history):
@@ -2003,7 +1995,7 @@ class Entry:
     scale: float = 1.0  # slope of the calibration
     history: dict = None
     predict: object = None  # function: tracings of the test exams -> logits; None: not for submission
-    number: int = None  # of the submission note, for good
+    number: int = None  # of the submission note; never given to another model
     colour: str = GREY
     marker: str = "o"
 
@@ -2065,22 +2057,22 @@ def balanced_rates(truth, logits, weights=None):
     values, af = logits[order], truth[order] == 1
     last = np.r_[np.flatnonzero(np.diff(values)), len(values) - 1]  # tied exams move together
     weights = weights[:, order]
+    recall, fpr = np.cumsum(weights * af, axis=1), np.cumsum(weights * ~af, axis=1)
     with np.errstate(invalid="ignore"):
-        rates = [np.cumsum(weights * kind, axis=1) for kind in (af, ~af)]
-        return values[last], *[(rate / rate[:, -1:])[:, last] for rate in rates]
+        return values[last], (recall / recall[:, -1:])[:, last], (fpr / fpr[:, -1:])[:, last]
 
 
 def balanced_scores(truth, logits, threshold=0.0, weights=None):
     """SCORE_NAMES for each draw, (draws, 3): AUROC, then AP and F1 (at `threshold`) at 50 % prevalence."""
-    values, recall, false_rate = balanced_rates(truth, logits, weights)
+    values, recall, fpr = balanced_rates(truth, logits, weights)
     start = np.zeros((len(recall), 1))
-    recall, false_rate = np.hstack([start, recall]), np.hstack([start, false_rate])
+    recall, fpr = np.hstack([start, recall]), np.hstack([start, fpr])
     gained = np.diff(recall, axis=1)
-    auroc = (gained * (1 - (false_rate[:, 1:] + false_rate[:, :-1]) / 2)).sum(axis=1)
-    either = recall[:, 1:] + false_rate[:, 1:]
+    auroc = (gained * (1 - (fpr[:, 1:] + fpr[:, :-1]) / 2)).sum(axis=1)
+    either = recall[:, 1:] + fpr[:, 1:]
     precision = recall[:, 1:] / np.where(either > 0, either, 1)
     at = np.searchsorted(-values, -threshold)  # the number of distinct logits above the threshold
-    f1 = 2 * recall[:, at] / (1 + recall[:, at] + false_rate[:, at])
+    f1 = 2 * recall[:, at] / (1 + recall[:, at] + fpr[:, at])
     return np.column_stack([auroc, (gained * precision).sum(axis=1), f1])
 
 
@@ -2175,8 +2167,14 @@ def forest(axis, results, score, colours, markers="o", offset=0, label=None):
 
 def error_scale(axis, which="x", ticks=(0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.998)):
     """Put scores on a logarithmic scale of their distance from 1; scores above 0.999 are drawn there."""
+    def place_of(score):
+        return -np.log(np.clip(1 - score, 1e-3, None))
+
+    def score_at(place):
+        return 1 - np.exp(-place)
+
     set_scale = axis.set_xscale if which == "x" else axis.set_yscale
-    set_scale("function", functions=(lambda v: -np.log(np.clip(1 - v, 1e-3, None)), lambda v: 1 - np.exp(-v)))
+    set_scale("function", functions=(place_of, score_at))
     axis.set(**{f"{which}lim": (0, 0.999), f"{which}ticks": ticks, f"{which}ticklabels": map(str, ticks)})
     axis.tick_params(axis=which, labelsize=9)
 
@@ -2218,7 +2216,7 @@ def time_figure(entries, pass_mark, heading):
 P_START, P_LENGTH = P_WINDOW.start, P_WINDOW.stop - P_WINDOW.start  # in samples, from the R peak
 
 
-def draw_lines(exam, starts, length=P_LENGTH):
+def straighten(exam, starts, length=P_LENGTH):
     """Copy of an exam (8, samples): from each start, `length` samples of all leads are a straight line."""
     exam = exam.copy()
     for s in starts:
@@ -2228,9 +2226,9 @@ def draw_lines(exam, starts, length=P_LENGTH):
     return exam
 
 
-def pause_for_p(exam, peaks):
+def replace_p_by_tp(exam, peaks):
     """Copy of an exam whose P windows hold the T-P stretch before them, its ends moved to fit."""
-    changed = draw_lines(exam, peaks + P_START)
+    changed = straighten(exam, peaks + P_START)
     for s in peaks + P_START:
         if s >= P_LENGTH + 8:
             pause = exam[:, s - P_LENGTH - 8 : s - 8]
@@ -2255,7 +2253,7 @@ def add_p_waves(exam, peaks, wave):
 
 
 # ---- Counterfactual ECGs: beats re-spaced, all manipulations ----
-def respace(exam, peaks, new_rr, before=104, after=144):
+def set_rr_intervals(exam, peaks, new_rr, before=104, after=144):
     """Copy of an exam (8, samples) whose beats have the intervals `new_rr` (same sum as before)."""
     moved = peaks[0] + np.r_[0, np.round(np.cumsum(new_rr))].astype(int)
     moved[-1] = peaks[-1]
@@ -2270,7 +2268,7 @@ def respace(exam, peaks, new_rr, before=104, after=144):
     return np.stack([np.interp(from_time, np.arange(n), lead) for lead in exam]).astype(exam.dtype)
 
 
-def like_af(own_rr, af_rr, shortest=240):
+def af_like_rr(own_rr, af_rr, shortest=240):
     """RR intervals with the pattern of an AF exam, the sum of `own_rr`, and none below `shortest` (0.6 s)."""
     pattern = np.resize(af_rr, len(own_rr)) / np.mean(af_rr) * own_rr.mean()
     excess = np.maximum(pattern - shortest, 0)
@@ -2281,16 +2279,16 @@ def sinus_variants(exam, patterns, rng):
     """Dict: manipulation -> changed copy of a sinus exam (8, samples); `patterns`: RR intervals of AF exams."""
     peaks = r_peaks(exam)
     own = np.diff(peaks)
-    irregular = like_af(own, patterns[rng.integers(len(patterns))])
-    no_p = draw_lines(exam, peaks + P_START)
+    irregular = af_like_rr(own, patterns[rng.integers(len(patterns))])
+    no_p = straighten(exam, peaks + P_START)
     return {
         "sinus: P windows erased": no_p,
-        "sinus: T-P stretch in place of P": pause_for_p(exam, peaks),
-        "control: T-P stretch erased": draw_lines(exam, peaks + P_START - P_LENGTH - 8),
-        "control: T waves erased": draw_lines(exam, peaks + 80),
-        "sinus: irregular beats": respace(exam, peaks, irregular),
-        "control: own intervals, reversed": respace(exam, peaks, own[::-1]),
-        "sinus: P erased and irregular": respace(no_p, peaks, irregular),
+        "sinus: T-P stretch in place of P": replace_p_by_tp(exam, peaks),
+        "control: T-P stretch erased": straighten(exam, peaks + P_START - P_LENGTH - 8),
+        "control: T waves erased": straighten(exam, peaks + 80),
+        "sinus: irregular beats": set_rr_intervals(exam, peaks, irregular),
+        "control: own intervals, reversed": set_rr_intervals(exam, peaks, own[::-1]),
+        "sinus: P erased and irregular": set_rr_intervals(no_p, peaks, irregular),
     }
 
 
@@ -2298,11 +2296,11 @@ def af_variants(exam, wave):
     """Dict: manipulation -> changed copy of an AF exam (8, samples)."""
     peaks = r_peaks(exam)
     own = np.diff(peaks)
-    even = respace(exam, peaks, np.full(len(own), own.mean()))
+    even = set_rr_intervals(exam, peaks, np.full(len(own), own.mean()))
     return {
         "AF: P waves added": add_p_waves(exam, peaks, wave),
         "AF: regular beats": even,
-        "control (AF): own intervals, reversed": respace(exam, peaks, own[::-1]),
+        "control (AF): own intervals, reversed": set_rr_intervals(exam, peaks, own[::-1]),
         "AF: P added and regular": add_p_waves(even, r_peaks(even), wave),
     }
 
@@ -2348,23 +2346,23 @@ def disturb(x, name, seed=42):
     return DISTURBANCES[name](x, rng) * (x != 0).any(dim=2, keepdim=True)
 
 
-def mean_loss(results):
+def mean_score_drop(results):
     """Mean loss of scores: the first of a dict of results of `patient_bootstrap` less the mean of all others."""
     clean, *disturbed = results.values()
     return tuple(clean[k] - np.mean([each[k] for each in disturbed], axis=0) for k in (0, 1))
 
 
-def lowest(results, score):
-    """The name, in a dict of results, of the lowest score; the first one does not count."""
+def worst_disturbance(results, score):
+    """Name of the lowest score in a dict of results, whose first one is undisturbed and does not count."""
     return min(list(results)[1:], key=lambda name: results[name][0][SCORE_NAMES.index(score)])
 
 
 # ---- Evaluation: ROC curves, pass marks, calibration ----
 def curve_points(truth, logits, threshold):
     """Recall, false positive rate and precision (at 50 % prevalence), and the position of `threshold` in them."""
-    values, recall, rate = balanced_rates(truth, logits)
-    precision = recall[0] / (recall[0] + rate[0])
-    return np.r_[0, recall[0]], np.r_[0, rate[0]], np.r_[1, precision], int(np.sum(values > threshold))
+    values, recall, fpr = balanced_rates(truth, logits)
+    precision = recall[0] / (recall[0] + fpr[0])
+    return np.r_[0, recall[0]], np.r_[0, fpr[0]], np.r_[1, precision], int(np.sum(values > threshold))
 
 
 def pass_curves(auroc, ap):
@@ -2372,15 +2370,15 @@ def pass_curves(auroc, ap):
 
     Returns false positive rates, and the recall there for the AUROC and for the AP.
     """
-    rate = np.logspace(-12, 0, 5000)
+    fpr = np.logspace(-12, 0, 5000)
 
     def recall(distance):  # of the two means, in standard deviations
-        return norm.cdf(norm.ppf(rate) + distance)
+        return norm.cdf(norm.ppf(fpr) + distance)
 
     def excess(distance):
-        return np.trapezoid(recall(distance) / (recall(distance) + rate), recall(distance)) - ap
+        return np.trapezoid(recall(distance) / (recall(distance) + fpr), recall(distance)) - ap
 
-    return rate, recall(2**0.5 * norm.ppf(auroc)), recall(brentq(excess, 1, 5))
+    return fpr, recall(2**0.5 * norm.ppf(auroc)), recall(brentq(excess, 1, 5))
 
 
 def cross_calibrated(truth, logits, folds):
@@ -2393,24 +2391,30 @@ def cross_calibrated(truth, logits, folds):
     return probability
 
 
+def reliability_table(truth, p):
+    """Bins of equal weight at 50 % prevalence: predicted, observed, low, high (95 %, Wilson), exams, AF."""
+    exams = pd.DataFrame({"p": p, "AF": truth, "weight": exam_weights(truth, 0.5)}).sort_values("p", kind="stable")
+    n_bins = int(np.clip(truth.sum() // 8, 2, 8))
+    weight_upto = exams["weight"].cumsum() / exams["weight"].sum()
+    rows = []
+    for _, group in exams.groupby(np.minimum(n_bins * weight_upto, n_bins - 1e-9) // 1):
+        n, n_af = len(group), int(group["AF"].sum())
+        shares = [n_af / n, *binomtest(n_af, n).proportion_ci(method="wilson")]
+        balanced = to_probability(logit(shares) - logit(truth.mean()))  # the log-odds shift by a constant
+        rows.append([np.average(group["p"], weights=group["weight"]), *balanced, n, n_af])
+    return pd.DataFrame(rows, columns=["predicted", "observed", "low", "high", "exams", "AF"])
+
+
 def reliability(axis, truth, p, colour):
-    """Draw a reliability diagram of the AF probabilities `p`, reweighted to 50 % prevalence; returns the Brier score.
-    """
-    balance, bins = exam_weights(truth, 0.5), int(np.clip(truth.sum() // 8, 2, 8))
-    order = np.argsort(p, kind="stable")
-    bin_of = np.minimum(bins * np.cumsum(balance[order]) / balance.sum(), bins - 1e-9).astype(int)
-    members = [order[bin_of == b] for b in np.unique(bin_of)]
-    x = np.array([np.average(p[m], weights=balance[m]) for m in members]).clip(2e-3, 1 - 2e-3)
-
-    def reweighted(share):  # from these exams to 50 % prevalence: the odds change by a constant factor
-        af, other = share * (1 - truth.mean()), (1 - share) * truth.mean()
-        return af / (af + other)
-
-    for k, (left, n, af) in enumerate(zip(x, map(len, members), [int(truth[m].sum()) for m in members])):
-        axis.plot([left, left], reweighted(np.array(binomtest(af, n).proportion_ci(method="wilson"))), color=colour, linewidth=2)
-        axis.plot(left, reweighted(af / n), marker="o", color=colour)
-        axis.text(left, -0.05 - 0.15 * (k % 2), f"{n:,}\n{af:,}", ha="center", va="top", fontsize=8)  # neighbours apart
-    reach = 1.15 * np.abs(np.log(x / (1 - x))).max() + 0.2
+    """Draw a reliability diagram of AF probabilities, reweighted to 50 % prevalence; returns the Brier score."""
+    table = reliability_table(truth, p)
+    x = table["predicted"].clip(2e-3, 1 - 2e-3)
+    error_bars = [table["observed"] - table["low"], table["high"] - table["observed"]]
+    axis.errorbar(x, table["observed"], yerr=error_bars, fmt="o", color=colour, elinewidth=2)
+    for k, (left, n, n_af) in enumerate(zip(x, table["exams"], table["AF"])):
+        height = -0.05 - 0.15 * (k % 2)  # neighbours apart
+        axis.text(left, height, f"{n:,}\n{n_af:,}", ha="center", va="top", fontsize=8)
+    reach = 1.15 * np.abs(logit(x)).max() + 0.2
     grid = to_probability(np.linspace(-reach, reach))
     axis.plot(grid, grid, color=GREY, linestyle=":", label="perfect calibration")
     ticks = [0.01, 0.1, 0.5, 0.9, 0.99] if reach > 3 else [0.1, 0.3, 0.5, 0.7, 0.9]
@@ -2418,7 +2422,7 @@ def reliability(axis, truth, p, colour):
     axis.set_xticks(ticks, [f"{100 * tick:.0f} %" for tick in ticks])
     axis.set_xticks([], minor=True)
     axis.set_xlim(grid[0], grid[-1])
-    return np.average((p - truth) ** 2, weights=balance)
+    return brier_score_loss(truth, p, sample_weight=exam_weights(truth, 0.5))
 
 
 # ---- Evaluation: F1 against the threshold ----
@@ -2429,8 +2433,8 @@ def prior_shift(threshold, scale, prevalence):
 
 def f1_curve(truth, logits, prevalence):
     """The distinct logits, high to low, and F1 at this prevalence for a threshold just below each."""
-    values, recall, rate = (each.ravel() for each in balanced_rates(truth, logits))
-    return values, 2 * prevalence * recall / (prevalence * (1 + recall) + (1 - prevalence) * rate)
+    values, recall, fpr = (each.ravel() for each in balanced_rates(truth, logits))
+    return values, 2 * prevalence * recall / (prevalence * (1 + recall) + (1 - prevalence) * fpr)
 
 
 def f1_at(truth, logits, threshold, prevalence):
@@ -2482,10 +2486,10 @@ def subgroups(labels):
     return {name: np.flatnonzero(rows) for name, rows in inside.items()}
 
 
-def screening_values(recall, rate, prevalence):
+def screening_values(recall, fpr, prevalence):
     """PPV, NPV and what they mean in numbers, from recall and false positive rate."""
-    true_alarms, false_alarms = prevalence * recall, (1 - prevalence) * rate
-    missed, all_clear = prevalence * (1 - recall), (1 - prevalence) * (1 - rate)
+    true_alarms, false_alarms = prevalence * recall, (1 - prevalence) * fpr
+    missed, all_clear = prevalence * (1 - recall), (1 - prevalence) * (1 - fpr)
     with np.errstate(divide="ignore", invalid="ignore"):
         ppv, per_true = true_alarms / (true_alarms + false_alarms), false_alarms / true_alarms
         npv = all_clear / (all_clear + missed)  # NaN where all exams are predicted AF
@@ -2495,14 +2499,14 @@ def screening_values(recall, rate, prevalence):
 
 def screening_row(truth, logits, patients, cut, prevalence):
     """Predictions at the threshold `cut` in a population of this prevalence: dict of texts, with 95 % intervals."""
-    (recall, rate), draws = class_rates(truth, logits > cut, patients)
-    row = {"threshold (logit)": f"{cut:.2f}", "recall": percent(recall), "specificity": percent(1 - rate)}
+    (recall, fpr), draws = class_rates(truth, logits > cut, patients)
+    row = {"threshold (logit)": f"{cut:.2f}", "recall": percent(recall), "specificity": percent(1 - fpr)}
     drawn = screening_values(*draws.T, prevalence)
-    for name, value in screening_values(recall, rate, prevalence).items():
+    for name, value in screening_values(recall, fpr, prevalence).items():
         write = percent if name in ("PPV", "NPV") else "{:,.1f}".format
         low, high = map(write, interval(drawn[name]))
         row[name] = f"{write(value)} ({low} to {high})" if np.isfinite(value) else "no true alarm"
-    if rate == 0 and recall > 0:  # the rule of three: the worst that these exams allow
+    if fpr == 0 and recall > 0:  # the rule of three: the worst that these exams allow
         allowed = 3 / max(np.sum(truth == 0), 3)
         worst = screening_values(recall, allowed, prevalence)
         row["specificity"] = f"at least {percent(1 - allowed)} (0 errors in n still allow 3/n)"
@@ -2700,8 +2704,10 @@ def published_scores(team_id, host=DEFAULT_HOST):
     team_id = check_identity(team_id, None, host)
     page = _call("GET", host, "leaderboard").text
     fields = {"team": "team", "note": "note", "acc": "accuracy", "f1": "f1", "auc": "auc", "ap": "ap"}
-    rows = [{key: html.unescape(value) for key, value in re.findall(r"(\w+):\s*'([^']*)'", row)}
-            for row in re.findall(r"\{\s*(team:\s*'[^']*'(?:,\s*\w+:\s*'[^']*')*),?\s*\}", page)]
+    rows = []
+    for row in re.findall(r"\{\s*(team:\s*'[^']*'(?:,\s*\w+:\s*'[^']*')*),?\s*\}", page):
+        values = re.findall(r"(\w+):\s*'([^']*)'", row)
+        rows.append({key: html.unescape(value) for key, value in values})
     table = pd.DataFrame(rows, columns=list(fields)).rename(columns=fields)
     table = table[table["team"] == team_id].drop(columns="team").reset_index(drop=True)
     scores = ("accuracy", "f1", "auc", "ap")

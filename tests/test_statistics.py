@@ -128,12 +128,12 @@ def test_disturbances(name):
     assert torch.equal(first, x) == (name == "undisturbed")
 
 
-def test_mean_loss_and_lowest():
+def test_mean_score_drop_and_worst_disturbance():
     values = {"undisturbed": 0.9, "a": 0.8, "b": 0.6}
     results = {name: (np.full(3, value), np.full((4, 3), value)) for name, value in values.items()}
-    value, draws = helpers.mean_loss(results)
+    value, draws = helpers.mean_score_drop(results)
     assert value == pytest.approx([0.2] * 3) and draws == pytest.approx(np.full((4, 3), 0.2))
-    assert helpers.lowest(results, "AUROC") == "b"
+    assert helpers.worst_disturbance(results, "AUROC") == "b"
 
 
 def test_occlusion_finds_a_known_window():
