@@ -98,10 +98,11 @@ def test_options(options):
     np.testing.assert_allclose(ours.T, reference(ecg.T, 500, LEADS, **options), rtol=0, atol=TOLERANCE)
 
 
-def test_fractional_rate():
+@pytest.mark.parametrize("rate", [333.3, 499.99, 359.97, np.float32(500)])
+def test_fractional_rate(rate):
     """A rate with decimals is resampled by the exact ratio."""
     ecg = noise(8, 2000) / 1000
-    np.testing.assert_allclose(helpers.preprocess_ecg(ecg, 333.3, LEADS).T, reference(ecg.T, 333.3, LEADS),
+    np.testing.assert_allclose(helpers.preprocess_ecg(ecg, rate, LEADS).T, reference(ecg.T, float(rate), LEADS),
                                rtol=0, atol=TOLERANCE)
 
 
@@ -184,6 +185,7 @@ def test_gaps_are_interpolated(seed, share, mark):
     filled = np.array([np.interp(np.arange(900), np.flatnonzero(~h), x[~h]) for x, h in zip(ecg, hole)])
     ours = helpers.preprocess_ecg(np.where(hole, mark, ecg), 400, LEADS)
     np.testing.assert_allclose(ours.T, reference(filled.T, 400, LEADS), rtol=0, atol=TOLERANCE)
+    assert helpers.fill_gaps(np.where(hole, mark, ecg)).flags.writeable
 
 
 @pytest.mark.parametrize("value", [np.nan, 0.0, 0.7], ids=["NaN", "zero", "flat"])

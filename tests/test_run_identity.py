@@ -340,6 +340,7 @@ def copied_module(tmp_path_factory):
 
 @pytest.mark.parametrize("what, old, new, other", [
     ("train_loop", "loss_sum += loss.detach() * len(targets)", "loss_sum += 2 * loss.detach() * len(targets)", True),
+    ("forward", "    return logits.float()", "    return 2 * logits.float()", True),
     ("eval_loop", "logits_all.append(logits)", "logits_all.append(2 * logits)", True),
     ("to_probability", "return expit(np.asarray(logits", "return expit(1.01 * np.asarray(logits", True),
     ("best_epoch", "np.nanargmin(values) if", "np.nanargmax(values) if", True),

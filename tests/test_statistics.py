@@ -105,6 +105,25 @@ def test_error_rates_and_screening_by_hand():
     assert row["specificity"].startswith("at least 97.0 %")  # no false positive: the rule of three
 
 
+def test_reliability_by_hand():
+    """20 AF and 20 other exams: two bins of equal weight, 2 of 20 AF in the lower, 18 of 20 in the upper one."""
+    p = np.repeat([0.2, 0.7], 20)
+    truth = np.r_[np.arange(20) < 2, np.arange(20) < 18].astype(int)
+    table = helpers.reliability_table(truth, p)
+    assert table[["exams", "AF"]].to_numpy().tolist() == [[20, 2], [20, 18]]
+    assert table["predicted"].tolist() == pytest.approx([0.2, 0.7])
+    assert table["observed"].tolist() == pytest.approx([0.1, 0.9]), "half have AF: nothing to reweight"
+    assert table["low"][0] == pytest.approx(0.0279, abs=1e-3) and table["high"][0] == pytest.approx(0.301, abs=1e-3)
+
+
+def test_reliability_reweights_to_half():
+    """One AF exam in three, all with p = 0.5: the observed share at 50 % prevalence is a half."""
+    truth = (np.arange(90) % 3 == 0).astype(int)
+    table = helpers.reliability_table(truth, np.full(90, 0.5))
+    balanced = np.average(table["observed"], weights=table["exams"])
+    assert balanced == pytest.approx(0.5, abs=0.03) and (table["low"] < 0.5).all() and (table["high"] > 0.5).all()
+
+
 def test_prior_shift_and_subgroups():
     assert helpers.prior_shift(1.0, 1.0, 0.3) == pytest.approx(1 + math.log(7 / 3))
     assert helpers.prior_shift(-2.0, 0.5, 0.5) == -2

@@ -840,6 +840,19 @@ def test_wrong_shape_of_the_logits_is_named(tmp_path, what):
         helpers.predict(Wrong(), exams()[0], "cpu", batch_size=N)
 
 
+def test_targets_without_their_column_are_named():
+    """A plain DataLoader and an own loss: logits (5, 1) less targets (5,) would be a table of 25 without a word."""
+    batches = [(exams()[0][:5], torch.zeros(5))]
+
+    def square(logits, targets):
+        return (logits - targets).square().mean()
+    model = Net()
+    with pytest.raises(ValueError, match=r"targets of shape \(5,\), wanted \(5, 1\)"):
+        helpers.train_loop(1, batches, model, torch.optim.SGD(model.parameters(), lr=0.1), square, "cpu")
+    with pytest.raises(ValueError, match=r"targets of shape \(5,\), wanted \(5, 1\)"):
+        helpers.eval_loop(1, batches, model, square, "cpu")
+
+
 @pytest.mark.parametrize("select", ["valid_loss", "last"])
 def test_nan_leaves_the_best_weights_and_goes_on(tmp_path, select):
     best = train(tmp_path / "two", "constant", epochs=2, select=select).model
