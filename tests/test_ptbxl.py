@@ -294,6 +294,11 @@ WRONG = {  # what is wrong with the copy, and what the message names
     "columns missing": (without_column, ["ptbxl_database.csv: column sex, scp_codes missing"]),
     "exam not in the table": (without_exam, ["lacks 1 exams", "1002"]),
     "no patients": (lambda folder: with_column(folder, patient_id=None), ["lacks 8 exams", "21, 3, 1004"]),
+    "path upwards": (lambda folder: with_column(folder, filename_hr="../../x"), ["filename_hr is not like", "../../x"]),
+    "absolute path": (lambda folder: with_column(folder, filename_hr="/tmp/x"), ["filename_hr is not like", "/tmp/x"]),
+    "no path": (lambda folder: with_column(folder, filename_hr=None), ["filename_hr is not like", "nan"]),
+    "number twice": (lambda folder: with_column(folder, ecg_id=3), ["ecg_id must hold whole numbers, each once"]),
+    "number with decimals": (lambda folder: with_column(folder, ecg_id=2.5), ["ecg_id must hold whole numbers"]),
     "record missing": (lambda folder: (folder / f"{SEVENTEEN}.dat").unlink(), [f"record {SEVENTEEN}", "missing"]),
     "record cut": (lambda folder: os.truncate(folder / f"{SEVENTEEN}.dat", 119_999), [SEVENTEEN, "119,999 bytes"]),
     "header cut": (lambda folder: os.truncate(folder / f"{SEVENTEEN}.hea", 100), [SEVENTEEN, "header is not whole"]),
@@ -344,6 +349,29 @@ def test_list_of_exams_is_missing(ptbxl, tmp_path):
     assert said.split("\n")[1] in refused("--url", "http://127.0.0.1:1", "--exams", tmp_path / "no.csv")  # at once
     (tmp_path / "other.csv").write_text("id_exam,part\n1,train\n")
     assert "other.csv: column ecg_id missing" in refused("--ptbxl", ptbxl, "--exams", tmp_path / "other.csv")
+
+
+@pytest.mark.parametrize("rows, words", [
+    ("1,3,train\n1,17,test\n", "id_exam must hold whole numbers, each once"),
+    ("../../x,3,train\n2,17,test\n", "id_exam must hold whole numbers"),
+    ("1,a,train\n2,17,test\n", "ecg_id must hold whole numbers"),
+    ("1,3,train\n2,17,valid\n", "part must be train or test"),
+    ("1,3,train\n2,17,train\n", "both must be there"),
+])
+def test_list_of_exams_that_is_wrong(ptbxl, tmp_path, rows, words):
+    """Each exam once, by number, in one of the two parts."""
+    (tmp_path / "list.csv").write_text("id_exam,ecg_id,part\n" + rows)
+    said = refused("--ptbxl", ptbxl, "--exams", tmp_path / "list.csv", "--out", tmp_path / "out")
+    assert f"list.csv: {words}" in said or words in said and "list.csv" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_odd_ages_and_patients(ptbxl, exams, tmp_path):
+    """Text in place of an age or a patient is a missing value: no exam of the list lacks an age here."""
+    copy = shutil.copytree(ptbxl, tmp_path / "copy")
+    with_column(copy, age="61,0")
+    run("--ptbxl", copy, "--exams", exams, "--out", tmp_path / "out")
+    assert pd.read_csv(tmp_path / "out" / "codesubset" / "train.csv")["age"].isna().all()
 
 
 def test_full_disk(ptbxl, exams, tmp_path, monkeypatch):
@@ -507,6 +535,7 @@ def test_lasting_trouble_ends_in_a_message(ptbxl, exams, expected, tmp_path, fau
 
 
 @pytest.mark.parametrize("answer, words", [(page, "a web page"),
+                                           (lambda handler, data: send(handler, b"a,b\n1,2\n"), "column ecg_id"),
                                            (lambda handler, data: send(handler, b"", 403), "HTTP 403")])
 def test_table_cannot_be_had(ptbxl, exams, tmp_path, answer, words):
     """A sign-in page in place of PTB-XL's table is not kept."""

@@ -37,6 +37,7 @@ MIRROR = "https://physionet-open.s3.amazonaws.com/ptb-xl/1.0.3/"
 EXAMS = Path(__file__).resolve().parent.parent / "data" / "ptbxl_exams.csv"
 DATABASE, LABELS = "ptbxl_database.csv", "test_labels.csv"
 LEADS = {"I": "DI", "II": "DII", "V1": "V1", "V2": "V2", "V3": "V3", "V4": "V4", "V5": "V5", "V6": "V6"}
+RECORD = r"records500/\d{5}/\d{5}_hr"  # no other path: the table decides where downloads are written
 PAUSES = (1, 3, 10, 30)  # seconds between the tries of one file
 
 
@@ -56,13 +57,30 @@ def read_database(content):
     """PTB-XL's table in the course's terms, without exams that lack a patient or statements that can be read."""
     columns = ("ecg_id", "patient_id", "age", "sex", "scp_codes", "filename_hr")
     table = read_table(content, DATABASE, columns)
+    require_whole_numbers(table, DATABASE, ["ecg_id"])
+    odd = ~table["filename_hr"].astype(str).str.fullmatch(RECORD)
+    if odd.any():
+        raise ValueError(f"{DATABASE}: filename_hr is not like records500/00000/00001_hr, first: "
+                         f"{table.loc[odd, 'filename_hr'].iloc[0]}")
     exams = table[["ecg_id", "filename_hr"]].copy()
-    exams["id_patient"] = pd.to_numeric(table["patient_id"], errors="coerce").astype("Int64")
-    exams["age"] = table["age"].clip(upper=90).round().astype("Int64")  # PTB-XL writes 300 for all over 89
+    exams["id_patient"] = whole_number(table["patient_id"])
+    exams["age"] = whole_number(table["age"]).clip(upper=90)  # PTB-XL writes 300 for all over 89
     exams["sex"] = table["sex"].map({0: "M", 1: "F"})
     exams["AF"] = table["scp_codes"].map(has_af).astype("Int64")
     exams["date_exam"] = "2014-05-06"  # a placeholder, which nothing reads
     return exams.dropna(subset=["id_patient", "AF"])
+
+
+def whole_number(column):
+    """Numbers of a column, rounded; missing where there is none."""
+    return pd.to_numeric(column, errors="coerce").round().astype("Int64")
+
+
+def require_whole_numbers(table, name, columns):
+    """ValueError unless these columns hold whole numbers, each once."""
+    for column in columns:
+        if not pd.api.types.is_integer_dtype(table[column]) or not table[column].is_unique:
+            raise ValueError(f"{name}: {column} must hold whole numbers, each once. Is it the original file?")
 
 
 def has_af(scp_codes):
@@ -78,7 +96,11 @@ def read_list(file):
     if not file.is_file():
         raise FileNotFoundError(f"The list of exams {file} is missing. It is tests/data/ptbxl_exams.csv of the "
                                 "project: give its path as --exams. The set of --course-like needs no list.")
-    return read_table(file.read_bytes(), file, ("id_exam", "ecg_id", "part"))
+    table = read_table(file.read_bytes(), file, ("id_exam", "ecg_id", "part"))
+    require_whole_numbers(table, file, ["id_exam", "ecg_id"])
+    if set(table["part"]) != {"train", "test"}:
+        raise ValueError(f"{file}: part must be train or test, and both must be there")
+    return table
 
 
 def choose_listed(database, listed):
@@ -311,7 +333,9 @@ def make_set(options):
     folder = open_copy(options.ptbxl) if options.ptbxl else out / "ptb-xl"
     if not (folder / DATABASE).exists():
         print(f"To download: {server.url}{DATABASE}", flush=True)
-        write_whole(folder / DATABASE, server.get(DATABASE))
+        content = server.get(DATABASE)
+        read_database(content)  # a wrong answer is not kept
+        write_whole(folder / DATABASE, content)
     database = read_database((folder / DATABASE).read_bytes())
     if options.course_like:
         home, exams = out / "course_like", choose_course_like(database, options.seed)
