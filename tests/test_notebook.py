@@ -1,5 +1,6 @@
 """The notebook as it is committed: headings, the module's pieces, lengths, words, outputs that fit the code."""
 import ast
+import copy
 import io
 import re
 import subprocess
@@ -12,7 +13,8 @@ import pytest
 import torch
 from embed_helpers import embed
 from notebook_source import (
-    HELPER, MODULE, NOTEBOOK, ROOT, as_text, code_cells, code_digest, definitions, helper_cells, join_pieces, load, source,
+    HELPER, MODULE, NOTEBOOK, ROOT, as_text, code_cells, code_digest, definitions, helper_cells, join_pieces, load, save,
+    source,
 )
 from run_on_real import MACHINE_PATH, MAX_BYTES
 
@@ -339,6 +341,17 @@ def test_no_password_is_written_or_printed(notebook):
         tree = ast.parse(python_of(cell))
         shown = [name for name in shown_names(tree) if "password" in name.lower()]
         assert not shown and not list(written_passwords(tree)), first_line(cell)
+
+
+def test_sync_removes_outputs_of_other_code(notebook, tmp_path):
+    """A student's edit of any cell: the outputs that were there belong to other code. Those of this code stay."""
+    for digest, left in (("another", False), (code_digest(notebook), True)):
+        copied = copy.deepcopy(notebook)
+        copied["metadata"]["outputs_of"] = digest
+        code_cells(copied)[0]["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["1\n"]}]
+        save(copied, tmp_path / "notebook.ipynb")
+        assert embed(tmp_path / "notebook.ipynb") == []
+        assert bool(code_cells(load(tmp_path / "notebook.ipynb"))[0]["outputs"]) == left
 
 
 # ---- Outputs -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     python tests/tools/embed_helpers.py --check    # only say whether they agree; status 1 where not
 
 The module is cut at its lines "# ---- title ----" and "#@title title"; piece k goes into the k-th cell that
-starts with `%%helper`. Outputs are removed where something changed: they would belong to other code.
+starts with `%%helper`. Outputs are removed where they belong to other code: a piece changed, or any other cell did.
 """
 
 import argparse
@@ -12,7 +12,16 @@ import difflib
 import sys
 from pathlib import Path
 
-from notebook_source import MODULE, NOTEBOOK, clear_outputs, helper_cells, helper_pieces, load, save
+from notebook_source import (
+    MODULE,
+    NOTEBOOK,
+    clear_outputs,
+    code_digest,
+    helper_cells,
+    helper_pieces,
+    load,
+    save,
+)
 
 
 def embed(notebook_file=NOTEBOOK, module_file=MODULE, write=True):
@@ -32,7 +41,8 @@ def embed(notebook_file=NOTEBOOK, module_file=MODULE, write=True):
         if "".join(cell["source"]) != "".join(text):
             cell["source"] = text
             changed.append(f"{number} {title}")
-    if changed and write:
+    stale = notebook["metadata"].get("outputs_of") not in (None, code_digest(notebook))
+    if write and (changed or stale):
         clear_outputs(notebook)
         save(notebook, notebook_file)
     return changed
@@ -67,12 +77,17 @@ def main():
     )
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
+    had_outputs = "outputs_of" in load()["metadata"]
     try:
         changed = embed(write=not check)
     except ValueError as error:
         sys.exit(str(error))
     if not changed:
-        print(f"{NOTEBOOK.name} carries the present {MODULE.name}.")
+        removed = had_outputs and "outputs_of" not in load()["metadata"]
+        print(
+            f"{NOTEBOOK.name} carries the present {MODULE.name}."
+            + " Its outputs belonged to other code and were removed." * removed
+        )
     elif check:
         sys.exit(
             f"{len(changed)} piece(s) differ ({'; '.join(changed)}): run python tests/tools/embed_helpers.py"
