@@ -127,7 +127,7 @@ def test_results_at_a_glance(first):
     text = shown(glance)
     assert "DEMO" in text and "fills this in" not in text and "nan" not in text
     for name in REFERENCES + EXPERIMENTS:
-        assert re.search(rf"\| `{name}` \|.* \d\.\d+ \(\d\.\d+ to \d\.\d+\)", text), name
+        assert re.search(rf"\| `{name}`: .* \d\.\d+ \(\d\.\d+ to \d\.\d+\)", text), name
     assert sum("image/png" in output.get("data", {}) for output in glance["outputs"]) == 1
     assert "filled in by" not in "".join(map(shown, cells))
     figures = ["image/png" in output.get("data", {}) for cell in cells for output in cell["outputs"]]
@@ -274,7 +274,7 @@ def submit_day(tmp_path, monkeypatch, server):
                  "FULL": EXPERIMENTS, "EXPERIMENTS": described, "STEPS": "steps", "TEST_NAMES": list(range(20)),
                  "copy_results": lambda source, target: None}
         with redirect_stdout(StringIO()) as text:
-            for cell in ("#@title Settings", "def leaderboard_password", "SCORES = {}"):
+            for cell in ("#@title Settings", "def leaderboard_password", "SCORES, scored = "):
                 exec(source(find(load(), cell)), space)
         assert PASSWORD not in text.getvalue()
         return text.getvalue()
@@ -293,7 +293,7 @@ def test_nothing_is_sent_unless_asked_for(submit_day, server):
     assert server.received == []
     submit_day()
     assert [request["method"] for request in server.received] == ["GET"]
-    with pytest.raises(ValueError, match="LEADERBOARD_TEAM is empty"):
+    with pytest.raises(ValueError, match="LEADERBOARD_TEAM must be"):
         submit_day(LEADERBOARD_TEAM="", LEADERBOARD_SUBMIT="exp1_long_cnn")
     with pytest.raises(ValueError, match="exp1_long_cnn, exp2_resnet, exp3_ensemble"):
         submit_day(LEADERBOARD_SUBMIT="exp9")
@@ -326,5 +326,9 @@ def test_a_rehearsal_of_two_days(submit_day, server):
     server.faults = ["drop"]  # a server that is down hides nothing
     text = submit_day()
     assert "was not reached" in text and published in row(text, 2)
-    submit_day.predictions["exp2_resnet"] = prediction(seed=9)  # another network since
+    submit_day.predictions["exp2_resnet"] = prediction(seed=9)  # another network since: another note, another score
     assert published not in submit_day()
+    submit_day(LEADERBOARD_SUBMIT="exp2_resnet", LEADERBOARD_REPLACE="1")
+    server.next_day()
+    text, (scores, note) = submit_day(), server.submissions[TEAM][2]
+    assert note == f"{TEAM}_sub_2b" and f"| {note} | {scores['acc']:.3f} | {scores['f1']:.3f}" in text
