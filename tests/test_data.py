@@ -132,8 +132,7 @@ NO_DATA = {  # what is given as archive (how it is made, or what else is in it),
     "8 TB": (member("codesubset/x", **{"GNU.sparse.map": "0,1", "GNU.sparse.size": "8796093022208"}), "too large")}
 
 
-@pytest.mark.parametrize("kind", [
-    kind for kind in NO_DATA])
+@pytest.mark.parametrize("kind", NO_DATA)
 def test_what_is_no_archive_of_a_codesubset_is_refused(small, tmp_path, kind):
     """The file is named and stays; nothing half stays, nothing lands outside."""
     make, words = NO_DATA[kind]

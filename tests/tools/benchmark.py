@@ -162,7 +162,7 @@ def train(name, settings, data, run_dir, seed):
     accepted = inspect.signature(ecg.fit).parameters
     if settings.get("averaging"):
         settings = {**settings, "ema_decay": 0.99}  # of about the last 100 steps, as in the notebook
-    settings = {key: value for key, value in settings.items() if key in accepted}  # folds, shifts: not for one run
+    settings = {key: value for key, value in settings.items() if key in accepted}  # averaging is the notebook's, not fit's
     ecg.seed_everything(seed)
     with redirect_stdout(sys.stderr):
         history = ecg.fit(space[name](), traces, truth, train_exams, valid_exams, device=ecg.pick_device(),

@@ -4,7 +4,7 @@
 
 FOLDER: where the run wrote results.json (for demo data its demo/). Prints a Markdown table: validation figures from
 results.json, test figures from predictions/*.json as the leaderboard would score them, with 95 % intervals from
-resampling patients. "50 %": reweighted so that AF makes up half of the exams.
+resampling patients. "50 %": reweighted so that AF makes up half of the exams; the leaderboard's AP is so, too.
 """
 import argparse
 import json
