@@ -375,3 +375,20 @@ def test_folds_by_patient():
     labels["AF"] = (patient < 4).astype(int)
     with pytest.raises(ValueError, match="^5 folds need 5 patients .*$"):
         helpers.split_by_patient(labels)
+
+
+def test_hdf5_files_are_opened_without_locking(demo_folder, tmp_path, monkeypatch):
+    """Network drives refuse it."""
+    opened, real = [], helpers.h5py.File
+    monkeypatch.setattr(helpers.h5py, "File", lambda *args, **kwargs: opened.append(kwargs) or real(*args, **kwargs))
+    file = helpers.build_h5(demo_folder / "test" / "RECORDS.txt", tmp_path / "test.h5", workers=1)
+    helpers.build_h5(demo_folder / "test" / "RECORDS.txt", file)
+    helpers.load_tracings(file)
+    assert len(opened) >= 3 and all(kwargs["locking"] is False for kwargs in opened)
+
+
+def test_implausible_ages_are_counted(tmp_path, capsys):
+    (tmp_path / "RECORDS.txt").write_text("TNMG1\nTNMG2\n", encoding="utf-8")
+    (tmp_path / "train.csv").write_text("id_exam,id_patient,age,sex,AF\n1,1,300,F,0\n2,2,50,M,1\n", encoding="utf-8")
+    labels = helpers.load_labels(tmp_path / "train.csv", tmp_path / "RECORDS.txt")
+    assert labels["age"].isna().tolist() == [True, False] and "1 ages" in capsys.readouterr().out

@@ -30,7 +30,7 @@ OWN_NETWORK = '''class AFNet(nn.Module):
         steps, _ = self.lstm(self.conv(x.transpose(1, 2)).transpose(1, 2))
         return self.head(steps.mean(dim=1))
 '''
-OWN_EXPERIMENT = 'run_experiment("my_network", partial(PlainCNN, 1), "a shorter field", **RECIPE)'
+OWN_EXPERIMENT = 'run_experiment("my_network", partial(PlainCNN, 1), "a shorter\\n | field", **RECIPE)'
 
 
 def source(cell):
@@ -160,7 +160,7 @@ def test_an_own_experiment_stands_everywhere(own, folder):
     with_all = [shown(cell) for cell in cells if "run_experiment(" not in source(cell)]
     with_all = [text for text in with_all if all(name in text for name in EXPERIMENTS)]
     assert len(with_all) >= 4 and all("my_network" in text for text in with_all)
-    assert any(line.startswith("| sub_4 |") and "a shorter field" in line for line in "\n".join(with_all).splitlines())
+    assert any(line.startswith("| sub_4 |") and "a shorter / field" in line for line in "\n".join(with_all).splitlines())
 
 
 def test_going_back_finds_the_first_results(first, own, folder):
