@@ -72,8 +72,7 @@ def whole_file(path):
             if not (part.is_dir() and path.is_dir()):  # else another process made the folder meanwhile
                 raise
     finally:
-        if part.is_dir():
-            shutil.rmtree(part)
+        shutil.rmtree(part, ignore_errors=True)  # of a folder
         part.unlink(missing_ok=True)
 
 
@@ -105,84 +104,6 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-# ==== Which result is this? ====
-VALUES = (bool, int, float, complex, str, bytes, range, slice, type(None), type(...), Path, re.Pattern, np.generic,
-          np.ufunc, torch.device, torch.dtype, torch.Size)
-NO_EFFECT = ("__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__", "__annotations__",
-             "__dataclass_fields__", "__dataclass_params__", "_flat_weight_refs")  # the last: of recurrent networks
-
-
-def identity(*things):
-    """Digest of values, and of code (its bytecode: comments do not count) with all of ours that it uses.
-
-    TypeError: something has a state that cannot be described (a generator, an open file).
-    """
-    return hashlib.sha256(repr(_describe(things, {})).encode()).hexdigest()[:12]
-
-
-def _describe(thing, known):
-    """Nested lists that say what `thing` is; `known`: functions, classes and objects met so far."""
-    if "__wrapped__" in getattr(thing, "__dict__", ()):  # what torch.no_grad or lru_cache hide
-        thing = inspect.unwrap(thing, stop=lambda f: isinstance(f, types.FunctionType) and not _is_library(f))
-    if isinstance(thing, VALUES):
-        return [type(thing).__name__, repr(thing)]
-    if isinstance(thing, (torch.Tensor, np.ndarray)):
-        array = torch.tensor(thing.copy()) if isinstance(thing, np.ndarray) else thing.detach().cpu().contiguous()
-        content = hashlib.sha256(array.reshape(-1).view(torch.uint8).numpy()).hexdigest()
-        return [str(array.dtype), getattr(thing, "requires_grad", False), *array.shape, content]
-    if type(thing) in (list, tuple, set, frozenset):
-        items = [_describe(item, known) for item in thing]
-        return items if type(thing) in (list, tuple) else sorted(map(repr, items))
-    if type(thing) in (dict, OrderedDict, types.MappingProxyType):
-        return [[repr(key), _describe(value, known)] for key, value in thing.items() if key not in NO_EFFECT]
-    if id(thing) in known:
-        return known[id(thing)][0]
-    name = f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
-    known[id(thing)] = f"{name} {len(known)}", thing  # the thing itself, so that no other one gets its id
-    if isinstance(thing, (partial, partialmethod, cached_property, property)):
-        parts = [getattr(thing, part, None) for part in ("func", "args", "keywords", "fget", "fset")]
-    elif isinstance(thing, (types.MethodType, types.BuiltinMethodType, staticmethod, classmethod)):
-        owner = getattr(thing, "__self__", None)
-        parts = [getattr(thing, "__func__", None), owner.__name__ if isinstance(owner, types.ModuleType) else owner]
-    elif _is_library(thing):
-        parts = []
-    elif isinstance(thing, types.FunctionType):
-        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
-        parts = [_code(thing.__code__, thing.__globals__), thing.__defaults__, thing.__kwdefaults__, cells, vars(thing)]
-    elif isinstance(thing, type):
-        parts = [type(thing), thing.__bases__, vars(thing)]
-    elif isinstance(thing, torch.nn.Module) or not any(map(_is_library, type(thing).__mro__[:-1])):  # [-1]: object
-        parts = [type(thing), vars(thing)]
-    else:
-        raise TypeError(f"a {type(thing).__qualname__} has a state that cannot be described")
-    return [name, _describe(parts, known)]
-
-
-def _is_library(thing):
-    """Whether this is a module, class or function of Python or of an installed package; ours is all else."""
-    if isinstance(thing, types.FunctionType):  # by its code: functools.wraps copies the module's name
-        file = thing.__code__.co_filename
-    elif isinstance(thing, (type, types.ModuleType)):
-        name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__
-        in_c = os.__file__ if name in sys.builtin_module_names else ""
-        file = "" if name == "__main__" else getattr(sys.modules.get(name), "__file__", None) or in_c
-    else:
-        return inspect.isroutine(thing)  # methods written in C
-    return file.startswith(os.path.dirname(os.__file__)) or "site-packages" in file or "dist-packages" in file
-
-
-def _code(code, space):
-    """What a code object consists of, with the values that it reads from its globals, `space`."""
-    used = {}
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in space:
-            value = used[step.argval] = space[step.argval]
-            if isinstance(value, types.ModuleType) and not _is_library(value):
-                used[step.argval] = {name: vars(value)[name] for name in code.co_names if name in vars(value)}
-    constants = [_code(value, space) if isinstance(value, types.CodeType) else value for value in code.co_consts]
-    return [code.co_code, code.co_names, code.co_varnames, code.co_flags, constants, used]
-
-
 # ==== Data: course archive, own folder or archive, demo data ====
 def fetch_codesubset(source="course", directory="."):
     """Folder of a ready data set: `train/`, `test/` (RECORDS.txt and WFDB pairs) and `train.csv`.
@@ -203,16 +124,16 @@ def fetch_codesubset(source="course", directory="."):
         origin = f"{path.resolve()}, {path.stat().st_size} bytes of {path.stat().st_mtime_ns}"
     else:
         raise FileNotFoundError(f"{source} does not exist: give course, demo, a codesubset folder or a tar archive.")
-    if not _is_from(target, origin):
+    if not _is_there(target, origin):
         if not path.exists():
             print(f"Downloading the course's data (344 MiB) to {path} ...", flush=True)
             download(COURSE_MIRRORS, path)
         _extract(path, target, origin)
-        _is_from(target, origin)  # another process may have been faster, with other data
+        _is_there(target, origin)  # another process may have been faster, with other data: refused
     return target
 
 
-def _is_from(target, origin):
+def _is_there(target, origin):
     """Whether `target` is there; ValueError where it holds other data."""
     note = target / "origin.txt"
     found = note.read_text(encoding="utf-8") if note.exists() else "of unknown origin"
@@ -233,7 +154,7 @@ def _missing_files(folder):
 def read_text(path):
     """A text file; ValueError names one that is not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")  # with or without Excel's mark in front
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text: open it in an editor and save it as UTF-8.") from error
 
@@ -257,7 +178,7 @@ def download(urls, path):
             have = part.stat().st_size if part.exists() else 0
             wanted = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
             with requests.get(url, headers=wanted, stream=True, timeout=(10, 60)) as answer:
-                if answer.status_code == 416:  # nothing beyond what we have: it is another file
+                if answer.status_code == 416:  # nothing beyond what we have: another file, the next round starts anew
                     part.unlink(missing_ok=True)
                 answer.raise_for_status()
                 with open(part, "ab" if answer.status_code == 206 else "wb") as file:
@@ -300,7 +221,7 @@ def _safe_members(tar, limit=64 * 2**30):
     """Members below `codesubset/`, named from there; ValueError for links (CVE-2025-4517), giants, or none."""
     total, others, first = 0, set(), None
     for member in progress(tar, "extract", unit=" files"):
-        parent, inside, member.name = ("/" + member.name).rpartition("/codesubset/")
+        parent, inside, member.name = ("/" + member.name).rpartition("/codesubset/")  # a/codesubset/x.hea: /a, x.hea
         if not inside or member.isdir():  # a folder comes with its files
             others.add(member.name)
             continue
@@ -319,7 +240,7 @@ def make_demo_codesubset(directory, n_train=240, n_test=80, seed=0):
     `directory` gets `codesubset/`, which is returned, and `test_labels.csv`, for tests and scripts only.
     """
     target, origin = Path(directory) / "codesubset", f"demo data, {n_train} + {n_test} exams, seed {seed}"
-    if _is_from(target, origin):
+    if _is_there(target, origin):
         return target
     rng = np.random.default_rng(seed)
     with whole_file(target) as part:
@@ -342,7 +263,7 @@ def _write_demo_split(rng, folder, n, af_share, first_id):
         wfdb.wrsamp(f"TNMG{exam}", fs=rate, units=["mV"] * 8, sig_name=list(LEADS), p_signal=ecg.T, fmt=["16"] * 8,
                     adc_gain=[1000.0] * 8, baseline=[0] * 8, write_dir=str(folder))
     (folder / "RECORDS.txt").write_text("".join(f"TNMG{exam}\n" for exam in ids), encoding="utf-8")
-    patient = first_id // 10 + np.where(af, 0, n) + rng.integers(0, max(1, int(0.8 * n)), n)  # some have several exams
+    patient = first_id // 10 + np.where(af, 0, n) + rng.integers(0, max(1, int(0.8 * n)), n)  # each of one class
     age, sex = np.clip(rng.normal(55 + 15 * af, 12), 18, 99).astype(int), rng.choice(["F", "M"], n, p=[0.63, 0.37])
     table = {"id_exam": ids, "id_patient": patient, "age": age, "sex": sex, "AF": af, "date_exam": "2014-01-01"}
     return pd.DataFrame(table).sort_values("id_exam")
@@ -352,7 +273,7 @@ def _synthetic_ecg(rng, af, t):
     """One exam, (8, samples) in mV, at the times `t` (s): waves at each beat, drift, power line, noise."""
     rr = rng.uniform(0.6, 1.05) * np.exp((rng.uniform(0.05, 0.3) if af else 0.03) * rng.normal(size=40))
     beats = np.cumsum(rr)[:, None] - rng.uniform(0, rr[0])
-    p_size = 0 if af else rng.choice([0.2, 1, 1, 1])
+    p_size = 0 if af else rng.choice([0.2, 1, 1, 1])  # a quarter of the others: P waves that hardly show
     waves = [(-0.16, 0.02, 0.13 * p_size), (-0.03, 0.01, -0.08), (0, 0.012, 1), (0.03, 0.014, -0.2), (0.26, 0.045, 0.3)]
     one_lead = np.zeros(len(t))
     for offset, width, size in waves:  # P, Q, R, S, T: seconds from R, width (s), mV
@@ -368,9 +289,9 @@ def _synthetic_ecg(rng, af, t):
 # ==== Records: fingerprint, reading ====
 def data_fingerprint(records_file):
     """Digest of the records' names, headers (with their checksums) and sizes: which data is this?"""
-    digest = hashlib.sha256()
+    folder, digest = Path(records_file).parent, hashlib.sha256()
     for name in read_records(records_file):
-        header, samples = (Path(records_file).parent / f"{name}{end}" for end in (".hea", ".dat"))
+        header, samples = folder / f"{name}.hea", folder / f"{name}.dat"
         digest.update(header.read_bytes() if header.is_file() else b"missing")
         digest.update(f"{name} {samples.stat().st_size if samples.is_file() else 'missing'}\n".encode())
     return digest.hexdigest()[:16]
@@ -388,7 +309,8 @@ def read_ecg(path):
                          "it out of RECORDS.txt") from error
 
 
-HEADER_LINE = re.compile(r"\S+ (\d+) (\d+(?:\.\d+)?) (\d+)")
+HEADER_LINE = re.compile(r"\S+ (\d+) (\d+(?:\.\d+)?) (\d+)")  # record, leads, rate, samples
+# file, format, gain(baseline)/unit, resolution, zero, first value, checksum, block size, lead
 SIGNAL_LINE = re.compile(r"([\w.-]+) 16 ([1-9][\d.]*)\((-?\d+)\)/mV \d+ -?\d+ -?\d+ -?\d+ 0 (\S+)", re.ASCII)
 
 
@@ -404,7 +326,7 @@ def _read_plain_record(path):
     digital = np.fromfile(Path(path).parent / specs[0][1], dtype="<i2", count=n_leads * n_samples)
     if len(digital) < n_leads * n_samples or n_samples == 0:
         raise ValueError(f"{specs[0][1]} is truncated: {len(digital) // n_leads} of {n_samples} samples")
-    digital = digital.reshape(n_samples, n_leads).T
+    digital = digital.reshape(n_samples, n_leads).T.copy()  # lead by lead in memory: faster from here on
     gain, baseline = (np.array([float(spec[k]) for spec in specs])[:, None] for k in (2, 3))
     signal_mv = (digital - baseline) / gain
     signal_mv[digital == -32768] = np.nan  # WFDB's mark of an invalid sample
@@ -414,7 +336,7 @@ def _read_plain_record(path):
 def _read_any_record(path):
     """Any form that wfdb reads, in mV."""
     record = wfdb.rdrecord(str(path))
-    to_mv = [{"mv": 1.0, "uv": 1e-3}.get(unit.lower()) for unit in record.units]  # no V: wfdb reads µV as V
+    to_mv = [{"mv": 1.0, "uv": 1e-3}.get(unit.lower()) for unit in record.units]  # V may be µV: wfdb drops the µ
     if None in to_mv:
         raise ValueError(f"the units must be mV or uV, not {record.units}")
     return record.p_signal.T * np.array(to_mv)[:, None], float(record.fs), record.sig_name
@@ -438,12 +360,12 @@ def fill_gaps(signal_mv):
     if not finite.any():
         raise ValueError("no lead has a finite sample")
     leads = pd.DataFrame(np.where(finite, signal_mv, np.nan).T)
-    return leads.interpolate(limit_direction="both").fillna(0.0).to_numpy(copy=True).T
+    return leads.interpolate(limit_direction="both").fillna(0.0).to_numpy(copy=True).T  # pandas' own is read-only
 
 
 @lru_cache(maxsize=32)
 def baseline_filter(sample_rate, pass_edge=0.8, stop_edge=0.2, ripple=0.5, attenuation=40.0):
-    """Elliptic high-pass as second-order sections: edges in Hz, ripple and attenuation in dB."""
+    """Elliptic high-pass as second-order sections: edges in Hz, ripple and attenuation in dB of one pass."""
     order, edge = dsp.ellipord(pass_edge, stop_edge, ripple, attenuation, fs=sample_rate)
     return dsp.iirfilter(order, edge, ripple, attenuation, btype="high", ftype="ellip", output="sos", fs=sample_rate)
 
@@ -454,6 +376,13 @@ def powerline_filter(sample_rate, powerline=60, quality=30):
     return dsp.iirnotch(powerline, quality, fs=sample_rate)
 
 
+@lru_cache(maxsize=32)
+def resampling_filter(up, down):
+    """Low-pass for a change of rate by up/down: the default of `resample_poly`, which would design it for each exam."""
+    longest = max(up, down, 2)  # 2 at 1/1, where `resample_poly` uses no filter: one that can be designed
+    return dsp.firwin(20 * longest + 1, 1 / longest, window=("kaiser", 5.0))
+
+
 def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_SAMPLES, remove_baseline=True,
                    powerline=60):
     """Bring one exam to the form that all models read, as github.com/antonior92/ecg-preprocessing does.
@@ -462,7 +391,7 @@ def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_S
     ----------
     signal, sample_rate, leads : array (leads, samples) in mV, Hz, names of the rows
     new_freq, new_len : rate (Hz) and length (samples) of the result, zero-padded or cropped, centred
-    powerline : frequency to remove (Hz); None, or one beyond half the sample rate, removes nothing
+    remove_baseline, powerline : remove the drift below 0.8 Hz; frequency to remove (Hz) if below half the rate, or None
 
     Returns (8, new_len) float64 in mV, in the order of LEADS. ValueError says what makes it no exam.
     """
@@ -475,38 +404,117 @@ def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_S
         ecg = dsp.sosfiltfilt(baseline_filter(sample_rate), ecg, padtype="constant")
     if powerline and powerline < sample_rate / 2:
         ecg = dsp.filtfilt(*powerline_filter(sample_rate, powerline), ecg)
-    ratio = Fraction(float(new_freq) / float(sample_rate)).limit_denominator(10_000)  # else millions of filter taps
-    ecg = dsp.resample_poly(ecg, ratio.numerator, ratio.denominator, axis=1)
+    ratio = Fraction(float(new_freq) / float(sample_rate)).limit_denominator(10_000)  # 399.9987 Hz: fewer taps
+    up, down = ratio.as_integer_ratio()
+    ecg = dsp.resample_poly(ecg, up, down, axis=1, window=resampling_filter(up, down))
     surplus = max(0, ecg.shape[1] - new_len) // 2
     ecg = ecg[:, surplus:surplus + new_len]
-    padded, front = np.zeros((len(ecg), new_len)), (new_len - ecg.shape[1]) // 2
-    padded[:, front:front + ecg.shape[1]] = ecg
-    return padded
+    missing = new_len - ecg.shape[1]
+    return np.pad(ecg, [(0, 0), (missing // 2, missing - missing // 2)])
+
+
+# ==== Which result is this? A digest of code and values ====
+VALUES = (bool, int, float, complex, str, bytes, range, slice, type(None), type(...), Path, re.Pattern, np.generic,
+          np.ufunc, torch.device, torch.dtype, torch.Size)
+NO_EFFECT = ("__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__", "__annotations__",
+             "__dataclass_fields__", "__dataclass_params__", "_flat_weight_refs")  # the last: of recurrent networks
+
+
+def identity(*things):
+    """Digest of values, and of code with all functions, classes and values of ours that it uses.
+
+    Code counts as bytecode, so comments do not. TypeError: a state cannot be described (a generator, an open file).
+    """
+    return hashlib.sha256(repr(_describe(things, {})).encode()).hexdigest()[:12]
+
+
+def _describe(thing, known):
+    """Nested lists that say what `thing` is; `known`: functions, classes and objects met so far."""
+    if "__wrapped__" in getattr(thing, "__dict__", ()):  # decorated: our function below torch.no_grad, lru_cache, ...
+        thing = inspect.unwrap(thing, stop=lambda f: isinstance(f, types.FunctionType) and not _is_library(f))
+    if isinstance(thing, VALUES):
+        return [type(thing).__name__, repr(thing)]
+    if isinstance(thing, (torch.Tensor, np.ndarray)):
+        array = torch.tensor(thing.copy()) if isinstance(thing, np.ndarray) else thing.detach().cpu().contiguous()
+        content = hashlib.sha256(array.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        return [str(array.dtype), getattr(thing, "requires_grad", False), *array.shape, content]
+    if type(thing) in (list, tuple, set, frozenset):
+        items = [_describe(item, known) for item in thing]
+        return items if type(thing) in (list, tuple) else sorted(map(repr, items))
+    if type(thing) in (dict, OrderedDict, types.MappingProxyType):
+        return [[repr(key), _describe(value, known)] for key, value in thing.items() if key not in NO_EFFECT]
+    # what is left is code or an object: its name, and what it consists of
+    if id(thing) in known:
+        return known[id(thing)][0]
+    name = f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
+    known[id(thing)] = (f"{name} {len(known)}", thing)  # the thing itself, so that no other one gets its id
+    if isinstance(thing, (partial, partialmethod, cached_property, property)):  # what they wrap
+        parts = [getattr(thing, part, None) for part in ("func", "args", "keywords", "fget", "fset")]
+    elif isinstance(thing, (types.MethodType, types.BuiltinMethodType, staticmethod, classmethod)):  # and their object
+        owner = getattr(thing, "__self__", None)
+        parts = [getattr(thing, "__func__", None), owner.__name__ if isinstance(owner, types.ModuleType) else owner]
+    elif _is_library(thing):
+        parts = []  # its name suffices
+    elif isinstance(thing, types.FunctionType):
+        cells = [cell.cell_contents for cell in thing.__closure__ or ()]
+        parts = [_code(thing.__code__, thing.__globals__), thing.__defaults__, thing.__kwdefaults__, cells, vars(thing)]
+    elif isinstance(thing, type):
+        parts = [type(thing), thing.__bases__, vars(thing)]
+    elif isinstance(thing, torch.nn.Module) or not any(map(_is_library, type(thing).__mro__[:-1])):
+        parts = [type(thing), vars(thing)]  # a network, or an object whose classes are all ours (the last is `object`)
+    else:
+        raise TypeError(f"a {type(thing).__qualname__} has a state that cannot be described")
+    return [name, _describe(parts, known)]
+
+
+def _is_library(thing):
+    """Whether this is a module, class or function of Python or of an installed package; ours is all else."""
+    if isinstance(thing, types.FunctionType):  # by its code: functools.wraps copies the module's name
+        file = thing.__code__.co_filename
+    elif isinstance(thing, (type, types.ModuleType)):
+        name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__
+        no_file = os.__file__ if name in sys.builtin_module_names else ""  # built in: counts as a file of Python's
+        file = "" if name == "__main__" else getattr(sys.modules.get(name), "__file__", None) or no_file
+    else:
+        return inspect.isroutine(thing)  # methods written in C
+    return file.startswith(os.path.dirname(os.__file__)) or "site-packages" in file or "dist-packages" in file
+
+
+def _code(code, space):
+    """What a code object consists of, with the values that it reads from its globals, `space`."""
+    used = {}
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in space:
+            value = used[step.argval] = space[step.argval]
+            if isinstance(value, types.ModuleType) and not _is_library(value):  # of our module, only names read here
+                used[step.argval] = {name: vars(value)[name] for name in code.co_names if name in vars(value)}
+    constants = [_code(value, space) if isinstance(value, types.CodeType) else value for value in code.co_consts]
+    return [code.co_code, code.co_names, code.co_varnames, code.co_flags, constants, used]
 
 
 # ==== HDF5: all exams in one file ====
 def build_h5(records_file, h5_file, workers=None):
     """Preprocess the records of a RECORDS.txt into `tracings` (exams, 4096, 8), float32, mV; a finished file is kept.
 
-    `workers`: processes, by default one per core. ValueError names the bad records; no file is left then.
+    `workers`: processes, by default one per core. ValueError names the first bad records; no file is left then.
     """
     records_file, h5_file = Path(records_file), Path(h5_file)
     names = read_records(records_file)
-    made_from = f"{data_fingerprint(records_file)} {identity(_prepare_record, wfdb.__version__)}"
+    made_from = f"{data_fingerprint(records_file)} {identity(_prepare_records, wfdb.__version__)}"
     with suppress(OSError, KeyError, RuntimeError), h5py.File(h5_file, "r", locking=False) as file:  # none, or damaged
         if file.attrs.get("made_from") == made_from and len(file["tracings"]) == len(names):
             print(f"{h5_file.name}: {len(names):,} exams, ready from an earlier run.", flush=True)
             return h5_file
-    paths, bad, start = [records_file.parent / name for name in names], [], time.monotonic()
+    paths, bad, done, start = [records_file.parent / name for name in names], [], 0, time.monotonic()
+    portions = [paths[first:first + 8] for first in range(0, len(paths), 8)]  # one by one is a sixth slower
     with (whole_file(h5_file) as part, h5py.File(part, "w", locking=False) as file,
           ProcessPoolExecutor(workers, initializer=_end_with_parent) as pool,
-          closing(pool.map(_prepare_record, paths, chunksize=16)) as results):  # closed first: ends the workers
+          closing(pool.map(_prepare_records, portions)) as results):  # closed first: cancels what waits
         tracings = file.create_dataset("tracings", (len(names), N_SAMPLES, len(LEADS)), "<f4")
-        for i, (tracing, problem) in enumerate(progress(results, "preprocess", len(names), "exam")):
-            if problem:
-                bad.append(problem)
-            else:
-                tracings[i] = tracing
+        for rows, problems in progress(results, "preprocess", len(portions), " portions of 8 exams"):
+            tracings[done:done + len(rows)] = rows
+            done += len(rows)
+            bad += problems
         if bad:
             h5_file.unlink(missing_ok=True)  # it was made from other records
             raise ValueError("\n  ".join([f"{len(bad)} of {len(names):,} records cannot be used:", *bad[:10]]))
@@ -515,12 +523,15 @@ def build_h5(records_file, h5_file, workers=None):
     return h5_file
 
 
-def _prepare_record(path):
-    """Tracing (4096, 8) of one record and None; or None and what is wrong with it."""
-    try:
-        return preprocess_ecg(*read_ecg(path)).T.astype("<f4"), None
-    except ValueError as error:
-        return None, f"{path.name}: {error}"
+def _prepare_records(paths):
+    """Tracings (records, 4096, 8) of some records, and what is wrong with those that cannot be used."""
+    tracings, problems = np.zeros((len(paths), N_SAMPLES, len(LEADS)), "<f4"), []
+    for tracing, path in zip(tracings, paths):
+        try:
+            tracing[:] = preprocess_ecg(*read_ecg(path)).T
+        except ValueError as error:
+            problems.append(f"{path.name}: {error}")
+    return tracings, problems
 
 
 def _end_with_parent():
@@ -529,7 +540,7 @@ def _end_with_parent():
 
     def watch():
         multiprocessing.parent_process().join()
-        os._exit(1)
+        os._exit(1)  # sys.exit would end this thread only
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -579,7 +590,7 @@ def load_tracings(h5_file, device="cpu"):
     """Tracings of an HDF5 file, a tensor (exams, 4096, 8): on a CUDA GPU, else mapped from the file."""
     with h5py.File(h5_file, "r", locking=False) as file:
         data = file["tracings"]
-        mapped = np.memmap(h5_file, data.dtype, "c", data.id.get_offset(), data.shape)  # "c": the file is only read
+        mapped = np.memmap(h5_file, data.dtype, "c", data.id.get_offset(), data.shape)  # "c": the file stays as it is
     return torch.from_numpy(mapped).to(device if torch.device(device).type == "cuda" else "cpu")
 
 
@@ -589,7 +600,7 @@ def make_loader(traces, targets, exams, batch_size=32, shuffle=False):
     exams = [int(exam) for exam in exams]
     order = SubsetRandomSampler(exams) if shuffle else exams
     sampler = BatchSampler(order, batch_size, drop_last=shuffle and len(exams) > batch_size)
-    return DataLoader(TensorDataset(traces, truth), sampler=sampler, batch_size=None)
+    return DataLoader(TensorDataset(traces, truth), sampler=sampler, batch_size=None)  # None: indexed batch by batch
 
 
 # ==== Train function: one epoch ====
@@ -678,14 +689,14 @@ def classification_metrics(y_true, y_prob, threshold=0.5, prevalence=None):
     y, p = np.ravel(y_true).astype(float), np.ravel(y_prob).astype(float)
     if len(y) != len(p) or len(y) == 0 or not np.isin(y, (0, 1)).all() or not ((p >= 0) & (p <= 1)).all():
         raise ValueError("as many labels (0 or 1) as probabilities (between 0 and 1) are needed, at least one")
-    af, weights = p > threshold, {"sample_weight": exam_weights(y, prevalence)}
-    found = {"accuracy": sk.accuracy_score(y, af, **weights), "f1": sk.f1_score(y, af, zero_division=0, **weights),
-             "auroc": np.nan, "ap": np.nan, "leaderboard_ap": np.nan}
+    predicted, weights = p > threshold, {"sample_weight": exam_weights(y, prevalence)}
+    found = {"accuracy": sk.accuracy_score(y, predicted, **weights), "auroc": np.nan, "ap": np.nan,
+             "leaderboard_ap": np.nan, "f1": sk.f1_score(y, predicted, zero_division=0, **weights)}
     if 0 < y.sum() < len(y):
         ap = sk.average_precision_score(y, p, **weights)
         ap_no_af = sk.average_precision_score(1 - y, 1 - p, **weights)
         found.update(auroc=sk.roc_auc_score(y, p, **weights), ap=ap, leaderboard_ap=(ap + ap_no_af) / 2)
-    return plain({name: np.float64(value) for name, value in found.items()})
+    return {name: float(value) for name, value in found.items()}
 
 
 def exam_weights(y, prevalence=None):
@@ -707,18 +718,18 @@ def balanced_threshold(y_true, logits, prevalence=0.5):
     low, high = np.sort([np.quantile(z[y == 0], 0.2), np.quantile(z[y == 1], 0.8)])
     centre, spread = (low + high) / 2, (high - low) / 4  # these quantiles become x = -2 and 2
     if spread < 1e-100 or not np.isfinite(spread):
-        return 0.0, 1.0  # the logits carry no information: leave them as they are
+        return 0.0, 1.0  # hardly any spread: leave the logits as they are
     x = np.clip((z - centre) / spread, -6, 6)  # an extreme logit must not decide for all
     target = np.where(y == 1, (y.sum() + 1) / (y.sum() + 2), 1 / ((1 - y).sum() + 2))
     weight = exam_weights(y, prevalence)
     # scikit-learn takes hard labels: each exam counts as AF with its target, and as no AF with the rest
-    platt = LogisticRegression(C=1e6, tol=1e-8, max_iter=1000).fit(
+    platt = LogisticRegression(C=1e6, tol=1e-8, max_iter=1000).fit(  # C: practically no penalty
         np.concatenate([x, x])[:, None], np.repeat([1, 0], len(y)),
         sample_weight=np.concatenate([weight * target, weight * (1 - target)]))
     slope, intercept = float(platt.coef_[0, 0]), float(platt.intercept_[0])
     if slope <= 1e-6:
         return 0.0, 1.0  # higher logits do not mean more AF
-    return float(centre - spread * intercept / slope), float(slope / spread)
+    return float(centre - spread * intercept / slope), float(slope / spread)  # even odds: slope * x + intercept = 0
 
 
 def submission_probabilities(logits, threshold=0.0, scale=1.0):
@@ -729,10 +740,9 @@ def submission_probabilities(logits, threshold=0.0, scale=1.0):
     values, place = np.unique(np.ravel(logits).astype(np.float64), return_inverse=True)
     if np.isnan(values).any() or not np.isfinite(threshold) or not 0 < scale < np.inf:
         raise ValueError(f"a logit is NaN, or threshold {threshold} and scale {scale} are not finite (scale: above 0)")
-    with np.errstate(over="ignore"):
-        z = np.clip(scale * (values - threshold), -20, 20)  # sigmoid(-20) is 2e-9: the ramp fits below it
-    rank, below, above = np.arange(len(values)), np.sum(values < threshold), np.sum(values <= threshold)
-    ramp = np.where(values > threshold, rank - above + 1, np.minimum(rank - below, 0))  # ... -2, -1, 0, 1, 2 ...
+    z = np.clip(scale * (values - threshold), -20, 20)  # sigmoid(-20) is 2e-9: the ramp fits below it
+    rank, below, up_to = np.arange(len(values)), np.sum(values < threshold), np.sum(values <= threshold)
+    ramp = np.where(values > threshold, rank - up_to + 1, rank - below)  # ... -2, -1, (0: at the threshold), 1, 2 ...
     af = (to_probability(z) + 1e-9 * ramp / len(values))[place.ravel()]
     return np.column_stack([1 - af, af])
 
@@ -770,8 +780,8 @@ def fit(model, traces, targets, train_exams, valid_exams, *, epochs, lr, device,
         raise ValueError("the loss function must be the mean over the batch (reduction='mean')")
     if epochs < 1 or select not in ("valid_loss", *METRICS, "last"):
         raise ValueError(f"epochs must be at least 1, and select one of valid_loss, {', '.join(METRICS)}, last")
-    probe = np.concatenate([train_exams, valid_exams])  # of these, 100 to 200 stand for the data
-    probe = torch.stack([traces[int(i)][::16] for i in probe[::1 + len(probe) // 200]])
+    exams = np.concatenate([train_exams, valid_exams])  # of these, at most 200 stand for the data
+    probe = torch.stack([traces[int(i)][::16] for i in exams[::1 + len(exams) // 200]])
     try:
         folder = Path(run_dir) / identity(fit, arguments, probe)
     except Exception as error:  # TypeError; foreign objects raise what they like
@@ -807,7 +817,7 @@ def _run_epochs(model, traces, state, folder, want, device, verbose):
     """The epochs of `fit` that `state` does not hold yet; `want`: its arguments. Returns the last state."""
     train_loader = make_loader(traces, want.targets, want.train_exams, want.batch_size, shuffle=True)
     valid_loader = make_loader(traces, want.targets, want.valid_exams, 64)
-    loss_function = want.loss_function or weighted_loss(np.asarray(want.targets)[want.train_exams])
+    loss_function = want.loss_function or weighted_loss(want.targets[want.train_exams])
     if isinstance(loss_function, torch.nn.Module):
         loss_function.to(device)
     parts, after_step = _trained_parts(model, want, want.epochs * len(train_loader))
@@ -872,51 +882,41 @@ def check_training(loss, probability, epoch, epochs, lr):
         raise FloatingPointError(
             f"the loss is not finite in epoch {epoch} (learning rate {lr:.2g}): look for a sqrt, log or division at "
             "zero in model or augmentation (a lead that is off is all zeros), or lower the rate.")
-    low, high = to_probability([0.1, 0.9])
+    low, high = to_probability([0.1, 0.9])  # outputs of a sigmoid, taken for logits, give p from 0.5 to 0.73
     if epoch == epochs and 0.5 <= probability.min() < low and high < probability.max() <= to_probability(1):
         print("All logits lie between 0 and 1, near both ends: does the model end in a sigmoid? Return logits.")
 
 
 def best_epoch(history, select="valid_loss"):
     """Index of the epoch whose weights are kept: lowest loss, highest other metric, or the last."""
-    values = np.nan_to_num(history["epoch" if select == "last" else select])  # NaN: one class only
+    values = np.nan_to_num(history["epoch" if select == "last" else select])  # NaN: one class; last: highest epoch
     return int(values.argmin() if select.endswith("loss") else values.argmax())
 
 
 # ==== Uncertainty: bootstrap over patients ====
-SCORE_NAMES = ("AUROC", "AP", "F1")  # AP and F1 reweighted to 50 % prevalence
+def balanced_scores(truth, logits, threshold, weights):
+    """AUROC, AP and F1, (3,), as if half of the exams had AF; an exam counts `weights` times. NaN: only one class."""
+    if len(np.unique(truth[weights > 0])) < 2:
+        return np.full(3, np.nan)
+    fpr, recall, cuts = sk.roc_curve(truth, logits, sample_weight=weights, drop_intermediate=False)
+    precision = recall[1:] / (recall[1:] + fpr[1:])  # one AF exam, one other: TP = recall, FP = fpr, FN = 1 - recall
+    at = np.sum(cuts > threshold) - 1  # cuts fall from infinity: the last one above the threshold
+    f1 = 2 * recall[at] / (1 + recall[at] + fpr[at])  # 2 TP / (2 TP + FP + FN)
+    return np.array([sk.auc(fpr, recall), np.sum(np.diff(recall) * precision), f1])
 
 
-def balanced_scores(truth, logits, threshold=0.0, weights=None):
-    """SCORE_NAMES of each draw, (draws, 3); `weights` (draws, exams): how often a draw holds an exam."""
-    truth, logits = np.asarray(truth), np.asarray(logits, dtype=float)
-    weights = np.ones((1, len(truth))) if weights is None else weights
-    order = np.argsort(-logits, kind="stable")
-    values, af = logits[order], truth[order] == 1
-    last = np.r_[np.flatnonzero(np.diff(values)), len(values) - 1]  # tied exams move together
-    recall, fpr = (np.cumsum(weights[:, order] * group, axis=1) for group in (af, ~af))  # counts so far, surest first
-    with np.errstate(invalid="ignore"):  # NaN where a draw has one class only
-        recall, fpr = (np.pad((x / x[:, -1:])[:, last], ((0, 0), (1, 0))) for x in (recall, fpr))
-    gained, either = np.diff(recall, axis=1), recall + fpr
-    auroc = (gained * (1 - (fpr[:, 1:] + fpr[:, :-1]) / 2)).sum(axis=1)
-    ap = (gained * recall[:, 1:] / np.where(either > 0, either, 1)[:, 1:]).sum(axis=1)
-    at = np.searchsorted(-values[last], -threshold)  # distinct logits above it
-    f1 = 2 * recall[:, at] / (1 + either[:, at])  # of equal classes: TP = recall / 2, FP = fpr / 2
-    return np.column_stack([auroc, ap, f1])
+def patient_bootstrap(truth, logits, patients, threshold=0.0, rounds=1000, seed=42):
+    """`balanced_scores` of these exams (3,) and of draws of their patients with replacement (rounds, 3).
 
-
-def patient_bootstrap(truth, logits, patients, threshold=0.0, rounds=2000, seed=42):
-    """SCORE_NAMES of these exams (3,) and of draws of their patients with replacement (rounds, 3).
-
-    Equal exams meet equal draws: the results of two models on them are paired, subtract them.
+    The same patients and seed give the same draws: those of two models are paired, subtract them.
     """
-    rng, draws = np.random.default_rng(seed), []
-    _, patient = np.unique(patients, return_inverse=True)
-    people = patient.max() + 1
-    for start in range(0, rounds, 250):  # in blocks: less memory
-        times = rng.multinomial(people, np.full(people, 1 / people), size=min(250, rounds - start))
-        draws.append(balanced_scores(truth, logits, threshold, times[:, patient].astype(float)))
-    return balanced_scores(truth, logits, threshold)[0], np.concatenate(draws)
+    truth, rng, draws = np.asarray(truth), np.random.default_rng(seed), []
+    people, patient = np.unique(patients, return_inverse=True)
+    for _ in range(rounds):
+        drawn = rng.integers(len(people), size=len(people))
+        times = np.bincount(drawn, minlength=len(people))[patient]  # how often each exam is drawn
+        draws.append(balanced_scores(truth, logits, threshold, times))
+    return balanced_scores(truth, logits, threshold, np.ones(len(truth))), np.array(draws)
 
 
 # ==== Leaderboard: register and submit ====
@@ -938,7 +938,7 @@ class Secret(str):
 def register_team(team_id, password, host=DEFAULT_HOST, *, demo=False):
     """Register a team (again with the same password: harmless); returns the response. Errors: see `submit`."""
     password = Secret(password or "")
-    team_id = check_identity(team_id, password, host, demo)
+    team_id = check_team(team_id, password, host, demo)
     return _call("PUT", host, "register", team_id, password)
 
 
@@ -950,7 +950,7 @@ def submit(team_id, password, prediction, note, host=DEFAULT_HOST, *, n_exams=No
     accepted one. ValueError: nothing was sent. LeaderboardError: the server refuses or is not reached.
     """
     password = Secret(password or "")
-    team_id = check_identity(team_id, password, host, demo)
+    team_id = check_team(team_id, password, host, demo)
     if not (note or "").strip() or len(note) > 20:
         raise ValueError(f"the note must have 1 to 20 characters, not {note!r}")
     table, now = check_prediction(prediction, n_exams), datetime.now(timezone.utc)
@@ -976,7 +976,7 @@ def submit(team_id, password, prediction, note, host=DEFAULT_HOST, *, n_exams=No
             print(f"{path} could not be written ({error}): make room; look at the leaderboard before you send again.")
 
 
-def check_identity(team_id, password, host, demo=False):
+def check_team(team_id, password, host, demo=False):
     """The team id without blanks around it; ValueError for what the server would accept but cannot be meant."""
     team_id = (team_id or "").strip()  # "group_7 " would be a new team there
     if not 1 <= len(team_id) <= 20 or ":" in team_id or password == "":
@@ -1002,7 +1002,7 @@ def check_prediction(prediction, n_exams=None):
 
 
 def accepted_submissions(team_id, host=DEFAULT_HOST, directory="submissions"):
-    """Table of what `submit` saved and the server accepted: file, time (UTC), note, digest, scores, day read, ..."""
+    """Table of what `submit` saved and the server accepted: file, time (UTC), note, digest, scores, day of reading."""
     columns = ["file", "time", "host", "team", "note", "digest", "status", "reason", "scores", "read"]
     rows = [{"file": path, **json.loads(read_text(path))} for path in sorted(Path(directory).glob("*.json"))]
     sent = pd.DataFrame(rows, columns=columns)
@@ -1015,7 +1015,7 @@ def published_scores(team_id, host=DEFAULT_HOST, directory="submissions"):
 
     A score is also kept in the saved submission with its note, if that note was accepted once only.
     """
-    team_id = check_identity(team_id, None, host)
+    team_id = check_team(team_id, None, host)
     page, rows = _call("GET", host, "leaderboard").text, []
     for row in re.findall(r"\{\s*(team:\s*'[^']*'(?:,\s*\w+:\s*'[^']*')*),?\s*\}", page):
         rows.append({name: html.unescape(value) for name, value in re.findall(r"(\w+):\s*'([^']*)'", row)})
@@ -1033,7 +1033,7 @@ def published_scores(team_id, host=DEFAULT_HOST, directory="submissions"):
 def _call(method, host, path, team_id="", password="", content=None):
     """The answer of the leaderboard; LeaderboardError, with its own words, for everything but success."""
     url = f"{host.rstrip('/')}/{path}"
-    answer = problem = None
+    problem = None
     try:
         answer = requests.request(method, url, json=content, timeout=(10, 60), allow_redirects=False,
                                   auth=(team_id.encode("utf-8"), password.encode("utf-8")))
