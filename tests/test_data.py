@@ -236,12 +236,14 @@ def records(demo_folder, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_tracings_are_in_record_order_and_can_be_mapped(records, tmp_path, workers):
+    names = records.read_text().split()[:13]  # a worker's portions: 8 and 5
+    records.write_text("\n".join(names))
     h5_file = helpers.build_h5(records, tmp_path / "new" / "test.h5", workers)
     content, before, loaded = h5_file.read_bytes(), h5_file.stat(), helpers.load_tracings(h5_file)
-    assert loaded.shape == (16, 4096, 8) and loaded.dtype == torch.float32
+    assert loaded.shape == (13, 4096, 8) and loaded.dtype == torch.float32
     with h5py.File(h5_file) as file:
         np.testing.assert_array_equal(file["tracings"], loaded)
-    for name, tracing in zip(records.read_text().split(), loaded):
+    for name, tracing in zip(names, loaded):
         exam = helpers.preprocess_ecg(*helpers.read_ecg(records.parent / name))
         np.testing.assert_array_equal(tracing, exam.T.astype(np.float32))
     loaded[:] = 7
