@@ -2,7 +2,6 @@
 import dis
 import hashlib
 import html
-import inspect
 import io
 import json
 import multiprocessing
@@ -178,7 +177,7 @@ def download(urls, path):
             have = part.stat().st_size if part.exists() else 0
             wanted = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
             with requests.get(url, headers=wanted, stream=True, timeout=(10, 60)) as answer:
-                if answer.status_code == 416:  # nothing beyond what we have: another file, the next round starts anew
+                if answer.status_code == 416:  # nothing beyond what we have, maybe of another file: start anew
                     part.unlink(missing_ok=True)
                 answer.raise_for_status()
                 with open(part, "ab" if answer.status_code == 206 else "wb") as file:
@@ -404,7 +403,7 @@ def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_S
         ecg = dsp.sosfiltfilt(baseline_filter(sample_rate), ecg, padtype="constant")
     if powerline and powerline < sample_rate / 2:
         ecg = dsp.filtfilt(*powerline_filter(sample_rate, powerline), ecg)
-    ratio = Fraction(float(new_freq) / float(sample_rate)).limit_denominator(10_000)  # 399.9987 Hz: fewer taps
+    ratio = Fraction(float(new_freq) / float(sample_rate)).limit_denominator(10_000)  # no giant filter at 399.9987 Hz
     up, down = ratio.as_integer_ratio()
     ecg = dsp.resample_poly(ecg, up, down, axis=1, window=resampling_filter(up, down))
     surplus = max(0, ecg.shape[1] - new_len) // 2
@@ -415,44 +414,42 @@ def preprocess_ecg(signal, sample_rate, leads, new_freq=SAMPLE_RATE, new_len=N_S
 
 # ==== Which result is this? A digest of code and values ====
 VALUES = (bool, int, float, complex, str, bytes, range, slice, type(None), type(...), Path, re.Pattern, np.generic,
-          np.ufunc, torch.device, torch.dtype, torch.Size)
+          torch.device, torch.dtype, torch.Size)
+WRAPPERS = (partial, partialmethod, cached_property, property, staticmethod, classmethod, type(lru_cache(len)),
+            types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
+ATTRIBUTES_ONLY = (torch.nn.Module, torch.no_grad, torch.inference_mode, torch.autocast, types.SimpleNamespace)
 NO_EFFECT = ("__dict__", "__weakref__", "__doc__", "__firstlineno__", "__static_attributes__", "__annotations__",
              "__dataclass_fields__", "__dataclass_params__", "_flat_weight_refs")  # the last: of recurrent networks
 
 
 def identity(*things):
-    """Digest of values, and of code with all functions, classes and values of ours that it uses.
-
-    Code counts as bytecode, so comments do not. TypeError: a state cannot be described (a generator, an open file).
-    """
+    """Digest of values and code (not comments), with all of ours that it uses; TypeError: something hides its state."""
     return hashlib.sha256(repr(_describe(things, {})).encode()).hexdigest()[:12]
 
 
 def _describe(thing, known):
     """Nested lists that say what `thing` is; `known`: functions, classes and objects met so far."""
-    if "__wrapped__" in getattr(thing, "__dict__", ()):  # decorated: our function below torch.no_grad, lru_cache, ...
-        thing = inspect.unwrap(thing, stop=lambda f: isinstance(f, types.FunctionType) and not _is_library(f))
-    if isinstance(thing, VALUES):
-        return [type(thing).__name__, repr(thing)]
-    if isinstance(thing, (torch.Tensor, np.ndarray)):
+    if isinstance(thing, VALUES) and _is_library(type(thing)):
+        return [type(thing).__name__, (thing.pattern, thing.flags) if isinstance(thing, re.Pattern) else repr(thing)]
+    if isinstance(thing, torch.Tensor) or type(thing) in (np.ndarray, np.memmap):
+        # the copy: PyTorch takes no negative strides
         array = torch.tensor(thing.copy()) if isinstance(thing, np.ndarray) else thing.detach().cpu().contiguous()
         content = hashlib.sha256(array.reshape(-1).view(torch.uint8).numpy()).hexdigest()
         return [str(array.dtype), getattr(thing, "requires_grad", False), *array.shape, content]
     if type(thing) in (list, tuple, set, frozenset):
         items = [_describe(item, known) for item in thing]
-        return items if type(thing) in (list, tuple) else sorted(map(repr, items))
+        return [type(thing).__name__, *(items if type(thing) in (list, tuple) else sorted(items, key=repr))]
     if type(thing) in (dict, OrderedDict, types.MappingProxyType):
         return [[repr(key), _describe(value, known)] for key, value in thing.items() if key not in NO_EFFECT]
     # what is left is code or an object: its name, and what it consists of
     if id(thing) in known:
         return known[id(thing)][0]
-    name = f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', type(thing).__qualname__)}"
-    known[id(thing)] = (f"{name} {len(known)}", thing)  # the thing itself, so that no other one gets its id
-    if isinstance(thing, (partial, partialmethod, cached_property, property)):  # what they wrap
-        parts = [getattr(thing, part, None) for part in ("func", "args", "keywords", "fget", "fset")]
-    elif isinstance(thing, (types.MethodType, types.BuiltinMethodType, staticmethod, classmethod)):  # and their object
-        owner = getattr(thing, "__self__", None)
-        parts = [getattr(thing, "__func__", None), owner.__name__ if isinstance(owner, types.ModuleType) else owner]
+    names = [str(getattr(thing, part, "")) for part in ("__module__", "__qualname__", "__name__")]
+    name = " ".join([type(thing).__qualname__, *names, str(len(known))])
+    known[id(thing)] = (name, thing)  # the thing itself, so that no other one gets its id
+    if isinstance(thing, WRAPPERS):
+        wrapped = ("func", "args", "keywords", "fget", "fset", "__wrapped__", "__func__", "__self__")
+        parts = [getattr(thing, part, None) for part in wrapped]
     elif _is_library(thing):
         parts = []  # its name suffices
     elif isinstance(thing, types.FunctionType):
@@ -460,8 +457,10 @@ def _describe(thing, known):
         parts = [_code(thing.__code__, thing.__globals__), thing.__defaults__, thing.__kwdefaults__, cells, vars(thing)]
     elif isinstance(thing, type):
         parts = [type(thing), thing.__bases__, vars(thing)]
-    elif isinstance(thing, torch.nn.Module) or not any(map(_is_library, type(thing).__mro__[:-1])):
-        parts = [type(thing), vars(thing)]  # a network, or an object whose classes are all ours (the last is `object`)
+    elif isinstance(thing, types.ModuleType):  # a file of ours counts whole
+        parts = {name: value for name, value in vars(thing).items() if not name.startswith("__")}
+    elif isinstance(thing, ATTRIBUTES_ONLY) or not any(map(_is_library, type(thing).__mro__[:-1])):
+        parts = [type(thing), vars(thing)]  # an object whose classes are all ours (the last is `object`) has no other
     else:
         raise TypeError(f"a {type(thing).__qualname__} has a state that cannot be described")
     return [name, _describe(parts, known)]
@@ -469,27 +468,29 @@ def _describe(thing, known):
 
 def _is_library(thing):
     """Whether this is a module, class or function of Python or of an installed package; ours is all else."""
-    if isinstance(thing, types.FunctionType):  # by its code: functools.wraps copies the module's name
+    if isinstance(thing, types.FunctionType) and not thing.__closure__:
         file = thing.__code__.co_filename
     elif isinstance(thing, (type, types.ModuleType)):
-        name = thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__
-        no_file = os.__file__ if name in sys.builtin_module_names else ""  # built in: counts as a file of Python's
-        file = "" if name == "__main__" else getattr(sys.modules.get(name), "__file__", None) or no_file
-    else:
-        return inspect.isroutine(thing)  # methods written in C
+        package = (thing.__name__ if isinstance(thing, types.ModuleType) else thing.__module__).partition(".")[0]
+        no_file = os.__file__ if package in sys.builtin_module_names else ""  # built in: counts as a file of Python's
+        file = "" if package == "__main__" else getattr(sys.modules.get(package), "__file__", None) or no_file
+    else:  # written in C, or made at run time, as decorators do: a library's where it is found there by its name
+        owner = getattr(thing, "__objclass__", sys.modules.get(getattr(thing, "__module__", None)))
+        found = getattr(owner, getattr(thing, "__name__", ""), None) is thing
+        return found and _is_library(owner) or isinstance(thing, np.ufunc) and "vectorized" not in thing.__name__
     return file.startswith(os.path.dirname(os.__file__)) or "site-packages" in file or "dist-packages" in file
 
 
 def _code(code, space):
-    """What a code object consists of, with the values that it reads from its globals, `space`."""
-    used = {}
-    for step in dis.get_instructions(code):
-        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval in space:
-            value = used[step.argval] = space[step.argval]
-            if isinstance(value, types.ModuleType) and not _is_library(value):  # of our module, only names read here
-                used[step.argval] = {name: vars(value)[name] for name in code.co_names if name in vars(value)}
+    """What a code object consists of, with the values that it imports or reads from its globals, `space`."""
+    steps = list(dis.get_instructions(code))
+    names = [step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    used = {name: space[name] for name in names if name in space}
+    for name in [step.argval for step in steps if step.opname == "IMPORT_NAME"]:  # a.b: b, and a that holds it
+        used[name] = [__import__(name, fromlist=code.co_names), __import__(name)]
     constants = [_code(value, space) if isinstance(value, types.CodeType) else value for value in code.co_consts]
-    return [code.co_code, code.co_names, code.co_varnames, code.co_flags, constants, used]
+    handlers = getattr(code, "co_exceptiontable", "")  # what a `try` spans, from Python 3.11 on
+    return [code.co_code, handlers, code.co_names, code.co_varnames, code.co_flags, constants, used]
 
 
 # ==== HDF5: all exams in one file ====
@@ -582,7 +583,7 @@ def patient_folds(labels, n_folds=5, seed=42):
 
 
 def split_by_patient(labels, valid_fraction=0.2, seed=42):
-    """Positions of training and validation exams: the first patient fold (0.2: of five) validates."""
+    """Positions of training and validation exams: the first of round(1 / valid_fraction) patient folds validates."""
     return patient_folds(labels, round(1 / valid_fraction), seed)[0]
 
 
@@ -748,9 +749,6 @@ def submission_probabilities(logits, threshold=0.0, scale=1.0):
 
 
 # ==== Run training: fit, load, resume ====
-NOT_IN_IDENTITY = ("traces", "device", "run_dir", "verbose")  # a run made on a GPU is the same run
-
-
 def fit(model, traces, targets, train_exams, valid_exams, *, epochs, lr, device, run_dir, augment=None, seed=42,
         batch_size=32, optimizer=torch.optim.Adam, scheduler=None, loss_function=None, ema_decay=None,
         select="valid_loss", data="", verbose=True):
@@ -775,7 +773,9 @@ def fit(model, traces, targets, train_exams, valid_exams, *, epochs, lr, device,
     targets, train_exams, valid_exams = map(np.asarray, (targets, train_exams, valid_exams))
     if train_exams.dtype.kind != "i" or valid_exams.dtype.kind != "i":  # a mask would pass for exams 0 and 1
         raise ValueError("train_exams and valid_exams must be positions (np.flatnonzero makes them of a mask)")
-    arguments = {name: value for name, value in locals().items() if name not in NOT_IN_IDENTITY}
+    arguments = dict(locals())
+    for name in ("traces", "device", "run_dir", "verbose"):  # a run made on a GPU is the same run
+        del arguments[name]
     if getattr(loss_function, "reduction", "mean") != "mean":
         raise ValueError("the loss function must be the mean over the batch (reduction='mean')")
     if epochs < 1 or select not in ("valid_loss", *METRICS, "last"):
@@ -785,7 +785,7 @@ def fit(model, traces, targets, train_exams, valid_exams, *, epochs, lr, device,
     try:
         folder = Path(run_dir) / identity(fit, arguments, probe)
     except Exception as error:  # TypeError; foreign objects raise what they like
-        print(f"{run_dir}: trained anew and not kept for later, because {error}.", flush=True)
+        print(f"{run_dir}: trained anew and not reused later, because {error}.", flush=True)
         folder = Path(run_dir) / f"once-{uuid.uuid4().hex[:8]}"
     state = _load_run(folder)
     model.to(device)
@@ -880,8 +880,8 @@ def check_training(loss, probability, epoch, epochs, lr):
     """FloatingPointError for a loss that is not finite; a hint where logits of a trained model are probabilities."""
     if not np.isfinite(loss):
         raise FloatingPointError(
-            f"the loss is not finite in epoch {epoch} (learning rate {lr:.2g}): look for a sqrt, log or division at "
-            "zero in model or augmentation (a lead that is off is all zeros), or lower the rate.")
+            f"the loss is not finite in epoch {epoch} (learning rate at its start {lr:.2g}): look for a sqrt, log or "
+            "division at zero in model or augmentation (a lead that is off is all zeros), or lower the rate.")
     low, high = to_probability([0.1, 0.9])  # outputs of a sigmoid, taken for logits, give p from 0.5 to 0.73
     if epoch == epochs and 0.5 <= probability.min() < low and high < probability.max() <= to_probability(1):
         print("All logits lie between 0 and 1, near both ends: does the model end in a sigmoid? Return logits.")
@@ -997,7 +997,7 @@ def check_prediction(prediction, n_exams=None):
     if not (np.isfinite(table).all() and (table >= 0).all() and np.allclose(table.sum(axis=1), 1, atol=1e-6)):
         raise ValueError("every row must be two probabilities that sum to 1")
     if len(set(table[:, 1] > 0.5)) < 2:
-        raise ValueError("all predictions are on one side of 0.5: is a sigmoid applied twice?")
+        raise ValueError("all predictions are on one side of 0.5: too few epochs, or a sigmoid twice?")
     return table
 
 
@@ -1016,7 +1016,7 @@ def published_scores(team_id, host=DEFAULT_HOST, directory="submissions"):
     A score is also kept in the saved submission with its note, if that note was accepted once only.
     """
     team_id = check_team(team_id, None, host)
-    page, rows = _call("GET", host, "leaderboard").text, []
+    page, rows = _call("GET", host, "leaderboard").text, []  # it holds JavaScript: {team: '...', note: '...', ...}
     for row in re.findall(r"\{\s*(team:\s*'[^']*'(?:,\s*\w+:\s*'[^']*')*),?\s*\}", page):
         rows.append({name: html.unescape(value) for name, value in re.findall(r"(\w+):\s*'([^']*)'", row)})
     table = pd.DataFrame(rows, columns=["team", "note", "acc", "f1", "auc", "ap"]).rename(columns={"acc": "accuracy"})
