@@ -431,27 +431,27 @@ def _describe(thing, known):
     """Nested lists that say what `thing` is; `known`: functions, classes and objects met so far."""
     if isinstance(thing, VALUES) and _is_library(type(thing)):
         return [type(thing).__name__, (thing.pattern, thing.flags) if isinstance(thing, re.Pattern) else repr(thing)]
-    if isinstance(thing, torch.Tensor) or type(thing) in (np.ndarray, np.memmap):
-        # the copy: PyTorch takes no negative strides
-        array = torch.tensor(thing.copy()) if isinstance(thing, np.ndarray) else thing.detach().cpu().contiguous()
-        content = hashlib.sha256(array.reshape(-1).view(torch.uint8).numpy()).hexdigest()
-        return [str(array.dtype), getattr(thing, "requires_grad", False), *array.shape, content]
     if type(thing) in (list, tuple, set, frozenset):
         items = [_describe(item, known) for item in thing]
         return [type(thing).__name__, *(items if type(thing) in (list, tuple) else sorted(items, key=repr))]
     if type(thing) in (dict, OrderedDict, types.MappingProxyType):
-        return [[repr(key), _describe(value, known)] for key, value in thing.items() if key not in NO_EFFECT]
-    # what is left is code or an object: its name, and what it consists of
+        return [_describe(item, known) for item in thing.items() if item[0] not in NO_EFFECT]
+    # what is left is code, an array or another object: its name, and what it consists of
     if id(thing) in known:
         return known[id(thing)][0]
     names = [str(getattr(thing, part, "")) for part in ("__module__", "__qualname__", "__name__")]
     name = " ".join([type(thing).__qualname__, *names, str(len(known))])
     known[id(thing)] = (name, thing)  # the thing itself, so that no other one gets its id
-    if isinstance(thing, WRAPPERS):
+    if isinstance(thing, torch.Tensor) or type(thing) in (np.ndarray, np.memmap):
+        array = torch.tensor(thing.copy()) if isinstance(thing, np.ndarray) else thing.detach().cpu().contiguous()
+        content = hashlib.sha256(array.reshape(-1).view(torch.uint8).numpy()).hexdigest()  # copy: no negative strides
+        further = [getattr(thing, part, None) for part in ("requires_grad", "_backward_hooks", "__dict__")]
+        parts = [str(array.dtype), *array.shape, content, further]
+    elif isinstance(thing, WRAPPERS):
         wrapped = ("func", "args", "keywords", "fget", "fset", "__wrapped__", "__func__", "__self__")
-        parts = [getattr(thing, part, None) for part in wrapped]
+        parts = [type(thing), *(getattr(thing, part, None) for part in wrapped)]
     elif _is_library(thing):
-        parts = []  # its name suffices
+        parts = getattr(thing, "__bases__", [])  # its name suffices; a class that it made may have ours as a base
     elif isinstance(thing, types.FunctionType):
         cells = [cell.cell_contents for cell in thing.__closure__ or ()]
         parts = [_code(thing.__code__, thing.__globals__), thing.__defaults__, thing.__kwdefaults__, cells, vars(thing)]
@@ -477,7 +477,7 @@ def _is_library(thing):
     else:  # written in C, or made at run time, as decorators do: a library's where it is found there by its name
         owner = getattr(thing, "__objclass__", sys.modules.get(getattr(thing, "__module__", None)))
         found = getattr(owner, getattr(thing, "__name__", ""), None) is thing
-        return found and _is_library(owner) or isinstance(thing, np.ufunc) and "vectorized" not in thing.__name__
+        return (found and _is_library(owner)) or (isinstance(thing, np.ufunc) and "vectorized" not in thing.__name__)
     return file.startswith(os.path.dirname(os.__file__)) or "site-packages" in file or "dist-packages" in file
 
 
@@ -487,10 +487,10 @@ def _code(code, space):
     names = [step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
     used = {name: space[name] for name in names if name in space}
     for name in [step.argval for step in steps if step.opname == "IMPORT_NAME"]:  # a.b: b, and a that holds it
-        used[name] = [__import__(name, fromlist=code.co_names), __import__(name)]
+        used[name] = [__import__(name, fromlist=[part for part in code.co_names if "." not in part]), __import__(name)]
     constants = [_code(value, space) if isinstance(value, types.CodeType) else value for value in code.co_consts]
-    handlers = getattr(code, "co_exceptiontable", "")  # what a `try` spans, from Python 3.11 on
-    return [code.co_code, handlers, code.co_names, code.co_varnames, code.co_flags, constants, used]
+    fields = ("co_code", "co_exceptiontable", "co_names", "co_varnames", "co_cellvars", "co_flags")  # the 2nd: of `try`
+    return [*(getattr(code, field, None) for field in fields), constants, used]
 
 
 # ==== HDF5: all exams in one file ====
@@ -780,6 +780,7 @@ def fit(model, traces, targets, train_exams, valid_exams, *, epochs, lr, device,
         raise ValueError("the loss function must be the mean over the batch (reduction='mean')")
     if epochs < 1 or select not in ("valid_loss", *METRICS, "last"):
         raise ValueError(f"epochs must be at least 1, and select one of valid_loss, {', '.join(METRICS)}, last")
+    model.train().to(device)
     exams = np.concatenate([train_exams, valid_exams])  # of these, at most 200 stand for the data
     probe = torch.stack([traces[int(i)][::16] for i in exams[::1 + len(exams) // 200]])
     try:
@@ -788,7 +789,6 @@ def fit(model, traces, targets, train_exams, valid_exams, *, epochs, lr, device,
         print(f"{run_dir}: trained anew and not reused later, because {error}.", flush=True)
         folder = Path(run_dir) / f"once-{uuid.uuid4().hex[:8]}"
     state = _load_run(folder)
-    model.to(device)
     if state.get("finished"):
         print(f"{Path(run_dir).name}: {epochs} epochs, loaded", flush=True)
     else:

@@ -112,6 +112,16 @@ TRICKY = {  # text that defines f, what is edited: another digest, or none; neve
     "mask of an array": ("import numpy as np\nf = np.ma.masked_array([1.0, 2.0], [True, False])", "[True", "[False"),
     "method of a list": ("f = [1, 2].__len__", "2]", "2, 3]"),
     "what a try spans": ("def f(x):\n try: x.a(); x.b()\n except Exception: x.c()", "try: x.a();", "x.a()\n try:"),
+    "class as a key": ("class N:\n def g(s): return 1\nk = {N: 1}\ndef f(x): return k", "n 1", "n 2"),
+    "own layer under a parametrization": (
+        "import torch\nfrom torch.nn.utils.parametrizations import spectral_norm\n"
+        "class L(torch.nn.Linear):\n def forward(s, x): return 1\nf = torch.manual_seed(0) and spectral_norm(L(2, 2))",
+        "n 1", "n 2"),
+    "tied weights": ("import torch\na = torch.ones(2)\nf = [a, a.clone()]", "a.clone()", "a"),
+    "hook": ("import torch\nf = torch.ones(2).requires_grad_()\nf.register_hook(lambda g: 1)", ": 1", ": 2"),
+    "kind of array": ("import numpy as np\nimport torch\nf = np.ones(2)", "np.ones(2)", "torch.ones(2).double()"),
+    "own partial": ("import functools as t\nclass P(t.partial):\n def g(s): return 1\nf = P(max)", "n 1", "n 2"),
+    "captured argument": ("def f(x, low, high): return [y * low for y in x]", "* low", "* high"),
     "unknown module": ("__name__ = 'loaded by its path'\ndef f(x): return 1", "n 1", "n 2"),
 }
 HIDDEN = {  # what has a state that nothing describes
@@ -131,6 +141,8 @@ USUAL = {
     "function of NumPy": lambda: np.mean,
     "function of scikit-learn": lambda: metrics.roc_auc_score,
     "decorated by PyTorch": lambda: torch.autocast("cpu")(lambda x: x),
+    "imports in a function": lambda: run_cells(
+        "def f(x):\n import torch.nn.functional as F\n from scipy.linalg import hilbert\n return F.relu(x)").f,
     "settings": lambda: types.SimpleNamespace(a=1),
 }
 
