@@ -205,7 +205,7 @@ EVAL_LOSS = "loss_sum += loss_function(logits, targets) * len(targets)"
 @pytest.mark.parametrize("old, new", [
     ("optimizer.zero_grad()", "pass"),
     ("optimizer.step()\n        if", "pass\n        if"),
-    ("model.train()", "model.eval()"),
+    ("model.train()\n", "model.eval()\n"),
     (STEP_LOSS, "loss = loss_function(logits, 0.9 * targets + 0.05)"),  # label smoothing of 0.1
     (STEP_LOSS, f"{STEP_LOSS} * 2"),
     ("loss_sum += loss.detach() * len(targets)", "loss_sum += loss.detach() * 12"),  # two batches: mean of their means
