@@ -332,3 +332,6 @@ def test_a_rehearsal_of_two_days(submit_day, server):
     server.next_day()
     text, (scores, note) = submit_day(), server.submissions[TEAM][2]
     assert note == f"{TEAM}_sub_2b" and f"| {note} | {scores['acc']:.3f} | {scores['f1']:.3f}" in text
+    # replaced on the first day, so never scored: it may be sent again; a scored one may not
+    assert "was submitted" in submit_day(LEADERBOARD_SUBMIT="exp1_long_cnn", LEADERBOARD_REPLACE="1")
+    assert "accepted before" in submit_day(LEADERBOARD_SUBMIT="exp2_resnet", LEADERBOARD_REPLACE="1")
